@@ -1,0 +1,38 @@
+# Every target works on a machine that has only python3 (3.11 or 3.12), make and git.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F: '{printf "  make %-12s%s\n", $$1, $$2}'
+
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "pgl needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+quickstart: $(READY)  ## train, average, quantise, pack and score a small model on this CPU (under 6 minutes)
+	$(BIN)/pgl fit --config configs/quickstart.yaml
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the slow tests as well
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(READY)  ## ruff: lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## ruff: fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches (never checkpoints or data)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
