@@ -1,4 +1,4 @@
-"""Files that are whole or not there: every writer of the project goes through :func:`atomic_write`."""
+"""Files that are whole or not there: every writer goes through :func:`atomic_write`."""
 
 import hashlib
 import os

@@ -1,0 +1,241 @@
+"""Train for a fixed time, count only the time that counts, and let every schedule follow it."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from pgl.optim import Progress
+from pgl.phases import PhaseTimer
+from pgl.warm_up import warm_up
+
+
+class WallClockBudget(Callback):
+    """Stops training when its time is used up, and tells the schedules how much is left.
+
+    The clock starts after compilation and warm-up, stands still during validation, checkpointing
+    and export, is the clock of rank 0 on every rank, and is saved in checkpoints, so that a resumed
+    run continues with the time that is left. Training stops at the first optimizer step at or past
+    ``seconds - reserve_seconds``.
+
+    With ``seconds=None`` the budget is a number of optimizer steps, and so the same on any machine.
+
+    Note:
+        On a GPU the host runs ahead of the device. The callback keeps it at most one step ahead by
+        waiting for the step before the last, which leaves the queue filled, and adds the step in
+        flight to the time it reports.
+
+    Note:
+        Ranks share two numbers per step through a CPU process group, so that no rank waits for its
+        GPU to learn them.
+
+    Example::
+
+        trainer = Trainer(callbacks=[WallClockBudget(seconds=600, reserve_seconds=15)])
+
+    Args:
+        seconds: Training time. None: run ``steps`` optimizer steps instead.
+        steps: Optimizer steps after which training stops in any case. None: no limit of its own;
+            with ``seconds=None`` the Trainer's ``max_steps`` then counts.
+        reserve_seconds: Part of ``seconds`` kept for what must happen inside the budget after the
+            last step, such as calibration.
+        warmup_steps: Optimizer steps on made-up tokens before the clock starts. They compile and
+            prime everything; weights, optimizer and random state are restored afterwards.
+
+    Raises:
+        ValueError: If a number is out of range, or neither seconds nor steps are given.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None = 600.0,
+        steps: int | None = None,
+        reserve_seconds: float = 0.0,
+        warmup_steps: int = 3,
+    ) -> None:
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"budget.seconds must be positive or null, got {seconds}")
+        if steps is not None and steps <= 0:
+            raise ValueError(f"budget.steps must be positive or null, got {steps}")
+        if reserve_seconds < 0 or (seconds is not None and reserve_seconds >= seconds):
+            raise ValueError(
+                f"budget.reserve_seconds={reserve_seconds} must be at least 0 and less than "
+                f"budget.seconds={seconds}"
+            )
+        if warmup_steps < 0:
+            raise ValueError(f"budget.warmup_steps must not be negative, got {warmup_steps}")
+        self.seconds = seconds
+        self.steps = steps
+        self.reserve_seconds = reserve_seconds
+        self.warmup_steps = warmup_steps
+        self.phases = PhaseTimer()
+        self.elapsed = 0.0
+        self.warmdown_start_step: int | None = None
+        self._control_group: torch.distributed.ProcessGroup | None = None
+        self._step_events: list[torch.cuda.Event] = []
+        self.running = False
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds that training steps may use: the budget without the reserve."""
+        return None if self.seconds is None else self.seconds - self.reserve_seconds
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is used, from 0 to 1."""
+        return self.progress.fraction
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when fit begins: check the limits and open the ranks' control channel."""
+        if stage != "fit":
+            return
+        if self.steps is None and trainer.max_steps > 0:
+            self.steps = trainer.max_steps
+        if self.seconds is None and self.steps is None:
+            raise ValueError("budget.seconds is null, so budget.steps must say how long to train")
+        if trainer.world_size > 1 and self._control_group is None:
+            self._control_group = torch.distributed.new_group(backend="gloo")
+        self.progress = self._progress(trainer.global_step)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins: warm up, then start the clock."""
+        if self.warmup_steps > 0:
+            with self.phases.measure("compile and warm-up"):
+                warm_up(trainer, pl_module, self.warmup_steps)
+        _synchronize(pl_module)
+        self.phases.start("train", counts=True)
+        self.running = True
+        self._update(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before a micro-batch: the first of each step sets what follows the budget."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            pl_module.apply_progress(self.progress)
+            if pl_module.lr_scale < 1 and self.warmdown_start_step is None:
+                self.warmdown_start_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Called after a micro-batch: the last of each step reads the clock."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._keep_host_near_device(pl_module.device)
+            self._update(trainer)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation begins: the clock stands still."""
+        if self.running:
+            self.pause("validation", pl_module)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation ends: the clock goes on."""
+        if self.running:
+            self.resume("validation", pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends: stop the clock for good."""
+        _synchronize(pl_module)
+        self.phases.stop("train")
+        self.running = False
+        self._step_events.clear()
+        self.elapsed = self.phases.seconds("train")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the time used so far."""
+        return {
+            "phases": self.phases.state_dict(),
+            "warmdown_start_step": self.warmdown_start_step,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the time that is left."""
+        self.phases.load_state_dict(state_dict["phases"])
+        self.warmdown_start_step = state_dict["warmdown_start_step"]
+
+    def pause(self, phase: str, pl_module: pl.LightningModule) -> None:
+        """Stop counting; what follows is booked under ``phase``."""
+        _synchronize(pl_module)
+        self.phases.start(phase)
+
+    def resume(self, phase: str, pl_module: pl.LightningModule) -> None:
+        """Count again."""
+        _synchronize(pl_module)
+        self.phases.stop(phase)
+        self._step_events.clear()
+
+    def report(self) -> dict[str, Any]:
+        """Return the phases with their seconds and whether they count."""
+        return {
+            "budget_seconds": self.seconds,
+            "reserve_seconds": self.reserve_seconds,
+            "budget_steps": self.steps,
+            "phases": {
+                name: {"seconds": round(phase.seconds, 3), "counts": phase.counts}
+                for name, phase in self.phases.phases.items()
+            },
+        }
+
+    def _progress(self, step: int) -> Progress:
+        return Progress(
+            step=step,
+            elapsed_seconds=self.elapsed,
+            budget_seconds=self.training_seconds,
+            max_steps=self.steps,
+        )
+
+    def _update(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        elapsed = self.phases.seconds("train") + self._seconds_in_flight(step)
+        self.elapsed = self._rank_zero_value(elapsed)
+        self.progress = self._progress(step)
+        out_of_time = self.seconds is not None and self.elapsed >= self.training_seconds
+        if out_of_time or (self.steps is not None and step >= self.steps):
+            trainer.should_stop = True
+
+    def _rank_zero_value(self, value: float) -> float:
+        if self._control_group is None:
+            return value
+        tensor: Tensor = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.broadcast(tensor, src=0, group=self._control_group)
+        return float(tensor)
+
+    def _keep_host_near_device(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._step_events.append(event)
+        if len(self._step_events) > 2:
+            self._step_events.pop(0)
+        if len(self._step_events) == 2:
+            self._step_events[0].synchronize()
+
+    def _seconds_in_flight(self, step: int) -> float:
+        # The last step is still running on the device: it will take about as long as the mean step.
+        if not self._step_events or self._step_events[-1].query():
+            return 0.0
+        return self.phases.seconds("train") / max(step, 1)
+
+
+def _synchronize(pl_module: pl.LightningModule) -> None:
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)

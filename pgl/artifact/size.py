@@ -1,0 +1,105 @@
+"""Where the bytes of an artifact go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pgl.artifact.container import MAIN, SOURCE, PackedArchive
+from pgl.artifact.manifest import StreamRecord
+from pgl.artifact.streams import SCALES, TableEntry
+from pgl.quant.groups import GROUPS
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """What the tensors of one group take; their row scales are counted on a line of their own."""
+
+    name: str
+    parameters: int
+    raw_bytes: int
+    packed_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits for each weight; 0 for a line without weights."""
+        return 8 * self.packed_bytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """The length of an artifact, split up. Nothing is estimated: each group is its own streams."""
+
+    groups: tuple[GroupSize, ...]
+    """Tensor groups, then the row scales of all of them."""
+
+    code_bytes: int
+    """Deflated source, `__main__.py` included."""
+
+    overhead_bytes: int
+    """Manifest, zip headers and checksum."""
+
+    total_bytes: int
+    """Length of the file."""
+
+    limit_bytes: int | None
+    """What it may be; None if there is no limit."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(group.parameters for group in self.groups)
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Bytes left below the limit, negative beyond it."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
+
+    def table(self) -> str:
+        """Return the report as text."""
+        lines = [f"{'':<18}{'weights':>12}{'raw bytes':>13}{'packed bytes':>14}{'bits/weight':>13}"]
+        for group in self.groups:
+            weights = f"{group.parameters:,}" if group.parameters else "-"
+            bits = f"{group.bits_per_weight:.3f}" if group.parameters else "-"
+            lines.append(
+                f"{group.name:<18}{weights:>12}{group.raw_bytes:>13,}{group.packed_bytes:>14,}"
+                f"{bits:>13}"
+            )
+        lines.append(f"{'source code':<18}{'':>25}{self.code_bytes:>14,}")
+        lines.append(f"{'container':<18}{'':>25}{self.overhead_bytes:>14,}")
+        bits = 8 * self.total_bytes / max(self.parameters, 1)
+        total = f"{'total':<18}{self.parameters:>12,}{'':>13}{self.total_bytes:>14,}{bits:>13.3f}"
+        lines.append(total)
+        if self.limit_bytes is not None:
+            lines.append(f"{'limit':<18}{'':>25}{self.limit_bytes:>14,}")
+            lines.append(f"{'headroom':<18}{'':>25}{self.headroom_bytes:>14,}")
+        return "\n".join(lines)
+
+
+def measure(
+    archive: PackedArchive,
+    table: Sequence[TableEntry],
+    streams: Mapping[str, StreamRecord],
+    limit_bytes: int | None,
+) -> SizeReport:
+    """Split the length of a finished archive into its parts."""
+    groups = []
+    for group in GROUPS:
+        entries = [entry for entry in table if entry.group == group]
+        if entries:
+            records = [streams[name] for name in sorted({entry.stream for entry in entries})]
+            groups.append(_sum(group, sum(entry.numel for entry in entries), records))
+    if SCALES in streams:
+        groups.append(_sum("row scales", 0, [streams[SCALES]]))
+    code_bytes = sum(
+        size
+        for name, size in archive.member_bytes.items()
+        if name == MAIN or name.startswith(SOURCE)
+    )
+    packed_bytes = sum(group.packed_bytes for group in groups)
+    total_bytes = len(archive.data)
+    overhead_bytes = total_bytes - packed_bytes - code_bytes
+    return SizeReport(tuple(groups), code_bytes, overhead_bytes, total_bytes, limit_bytes)
+
+
+def _sum(name: str, parameters: int, records: Sequence[StreamRecord]) -> GroupSize:
+    raw_bytes = sum(record.raw_bytes for record in records)
+    return GroupSize(name, parameters, raw_bytes, sum(record.packed_bytes for record in records))

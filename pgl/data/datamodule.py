@@ -1,0 +1,229 @@
+"""One LightningDataModule for every source of tokens."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import sentencepiece
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from pgl.data.shards import check_tokens, read_shard
+from pgl.data.sources import Corpus, Source
+from pgl.data.stream import BatchLayout, TokenStream, TrainLoader
+from pgl.data.tokenizer import load_tokenizer
+from pgl.evaluate import ByteTable, WindowLoader, audit_bytes
+from pgl.io import sha256_file
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Training batches and validation windows from one source of text.
+
+    Training tokens come in the challenge's order, the same in every optimizer step whatever the
+    number of devices; the Trainer's ``accumulate_grad_batches`` follows from ``batch_tokens``,
+    ``micro_batch_tokens`` and the world size, and is set at run time. Validation reads
+    non-overlapping windows of ``seq_len`` tokens unless a callback such as
+    :class:`callbacks.SlidingWindowBPB` asks for others with :meth:`window_loader`.
+
+    Example::
+
+        data = TokenDataModule(Stdlib(), seq_len=256, batch_tokens=8192)
+        Trainer(max_steps=100).fit(GolfModule(GPTConfig(model_dim=128, num_layers=4)), data)
+
+    Args:
+        source: Where the text comes from.
+        seq_len: Tokens of one training sequence, and of one validation window.
+        batch_tokens: Tokens of one optimizer step over all devices; part of the recipe.
+        micro_batch_tokens: Tokens of one forward and backward pass on one device; a property of
+            the hardware. None: as many as one device's share of a span (``batch_tokens /
+            spans_per_batch``), the reference's choice.
+        spans_per_batch: Contiguous spans in which a step's tokens are read; 8 in all four PRs.
+        val_batch_windows: Windows scored in one forward pass on one device.
+        max_val_tokens: Score only the first so many validation tokens. None: all of them.
+        audit_tokens: How many validation tokens are decoded to check the byte count before a score
+            is reported. None: all of them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seq_len: int = 1024,
+        batch_tokens: int = 524_288,
+        micro_batch_tokens: int | None = None,
+        spans_per_batch: int = 8,
+        val_batch_windows: int = 32,
+        max_val_tokens: int | None = None,
+        audit_tokens: int | None = 4_000_000,
+    ) -> None:
+        super().__init__()
+        if val_batch_windows <= 0:
+            raise ValueError(f"data.val_batch_windows must be positive, got {val_batch_windows}")
+        if max_val_tokens is not None and max_val_tokens < 2:
+            raise ValueError(f"data.max_val_tokens must be at least 2, got {max_val_tokens}")
+        self.source = source
+        self.seq_len = seq_len
+        self.batch_tokens = batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens or batch_tokens // spans_per_batch
+        self.spans_per_batch = spans_per_batch
+        self.val_batch_windows = val_batch_windows
+        self.max_val_tokens = max_val_tokens
+        self.audit_tokens = audit_tokens
+        self.layout = self._layout(world_size=1, rank=0)
+        self.val_windows: Callable[[], WindowLoader] | None = None
+        """Makes the loader of ``validate`` and ``test`` in place of :meth:`chunk_loader`."""
+
+    @override
+    def prepare_data(self) -> None:
+        """Called on one process of each node: download, tokenise, or find the shards."""
+        self.source.prepare()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Called on every process: open the shards, audit the byte count, size the batches."""
+        if not hasattr(self, "corpus"):
+            self.corpus: Corpus = self.source.corpus()
+            self.tokenizer: sentencepiece.SentencePieceProcessor = load_tokenizer(
+                self.corpus.tokenizer_path
+            )
+            self.vocab_size: int = self.tokenizer.vocab_size()
+            self.tokenizer_sha256 = sha256_file(self.corpus.tokenizer_path)
+            self.byte_table = ByteTable.from_tokenizer(self.corpus.tokenizer_path, self.vocab_size)
+        if stage != "predict":
+            self._open_validation()
+        if stage == "fit":
+            self.stream = TokenStream(self.corpus.train_shards, self.vocab_size)
+            self._set_accumulation()
+
+    @override
+    def train_dataloader(self) -> TrainLoader:
+        """Return this rank's micro-batches, (S, T+1) int32 each."""
+        return TrainLoader(self.stream, self.layout, pin_memory=torch.cuda.is_available())
+
+    @override
+    def val_dataloader(self) -> WindowLoader:
+        """Return this rank's share of the validation windows."""
+        return self.val_windows() if self.val_windows else self.chunk_loader()
+
+    @override
+    def test_dataloader(self) -> WindowLoader:
+        """Return the validation windows: the challenge has no other split."""
+        return self.val_dataloader()
+
+    @override
+    def predict_dataloader(self) -> Iterable[Tensor]:
+        """Return the encoded prompts set by :meth:`set_prompts`, one (T,) tensor each."""
+        bos = self.tokenizer.bos_id()
+        return [torch.tensor([bos, *self.tokenizer.encode(text)]) for text in self.prompts]
+
+    def set_prompts(self, prompts: list[str]) -> None:
+        """Choose the texts that ``predict`` continues."""
+        self.prompts = prompts
+
+    def chunk_loader(self) -> WindowLoader:
+        """Return this rank's share of non-overlapping windows of ``seq_len`` tokens."""
+        return self.window_loader(self.seq_len, self.seq_len)
+
+    def window_loader(
+        self,
+        seq_len: int,
+        stride_tokens: int,
+        batch_windows: int | None = None,
+        tail: str = "exact",
+    ) -> WindowLoader:
+        """Return this rank's share of the windows that score every validation target once.
+
+        Args:
+            seq_len: Tokens of one window.
+            stride_tokens: Tokens between window starts; ``seq_len`` gives chunks.
+            batch_windows: Windows of one forward pass. None: ``val_batch_windows``.
+            tail: What the last windows score; see :func:`pgl.evaluate.sliding_windows`.
+        """
+        world_size, rank = self._world()
+        return WindowLoader(
+            self.val_tokens,
+            seq_len=seq_len,
+            stride=stride_tokens,
+            batch_windows=batch_windows or self.val_batch_windows,
+            tail=tail,
+            rank=rank,
+            world_size=world_size,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def calibration_layout(self, num_sequences: int) -> BatchLayout:
+        """Return how the first training sequences are shared out over ranks and micro-batches.
+
+        Raises:
+            ValueError: If they cannot be shared out evenly.
+        """
+        world_size, rank = self._world()
+        if num_sequences % world_size:
+            raise ValueError(
+                f"artifact.calibration_sequences={num_sequences} must be a multiple of the "
+                f"{world_size} devices"
+            )
+        per_micro_batch = math.gcd(num_sequences // world_size, self.layout.sequences)
+        return BatchLayout(
+            batch_tokens=num_sequences * self.seq_len,
+            seq_len=self.seq_len,
+            micro_batch_tokens=per_micro_batch * self.seq_len,
+            spans_per_batch=1,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the data of a run: names, counts and hashes."""
+        return {
+            "source": self.corpus.name,
+            "tokenizer": self.corpus.tokenizer_path.name,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "train_shards": {path.name: sha256_file(path) for path in self.corpus.train_shards},
+            "val_shards": {path.name: sha256_file(path) for path in self.corpus.val_shards},
+            "train_tokens": self.stream.total_tokens if hasattr(self, "stream") else None,
+            "val_targets": len(self.val_tokens) - 1,
+            "val_xz_bits_per_byte": self.corpus.val_xz_bits_per_byte,
+        }
+
+    def _open_validation(self) -> None:
+        shards = [read_shard(path) for path in self.corpus.val_shards]
+        for path, shard in zip(self.corpus.val_shards, shards, strict=True):
+            check_tokens(shard, self.vocab_size, path)
+        tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+        self.val_tokens: np.ndarray = tokens[: self.max_val_tokens]
+        audited = audit_bytes(
+            self.byte_table, self.tokenizer, self.val_tokens, max_tokens=self.audit_tokens
+        )
+        rank_zero_info(f"byte count audited against decoded text: {audited}")
+
+    def _set_accumulation(self) -> None:
+        trainer = self.trainer
+        if trainer is None:
+            return
+        world_size, rank = self._world()
+        self.layout = self._layout(world_size, rank)
+        if trainer.accumulate_grad_batches not in (1, self.layout.accumulate):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} does not fit: "
+                "leave it at 1, it follows from data.batch_tokens and data.micro_batch_tokens"
+            )
+        trainer.accumulate_grad_batches = self.layout.accumulate
+
+    def _layout(self, world_size: int, rank: int) -> BatchLayout:
+        return BatchLayout(
+            batch_tokens=self.batch_tokens,
+            seq_len=self.seq_len,
+            micro_batch_tokens=self.micro_batch_tokens,
+            spans_per_batch=self.spans_per_batch,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    def _world(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank

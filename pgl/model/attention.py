@@ -1,0 +1,172 @@
+"""Causal self-attention with grouped queries, and what the recipes add to it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgl.model.backends import attention_kernel
+from pgl.model.config import GPTConfig
+from pgl.model.linear import CastedLinear
+from pgl.model.norm import rms_norm
+from pgl.model.rotary import apply_rotary
+
+# Shape suffixes: B batch, T position, E model dim, C all key/value heads together, H query head,
+# K key/value head, G query head within the group of one key/value head, D dimension in the head,
+# R half of the rotated dimensions.
+
+
+def attend(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    mask_B1TT: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention with scale 1/sqrt(D); query head h reads key/value head h // (H / K).
+
+    Args:
+        q_BTHD: Queries.
+        k_BTKD: Keys.
+        v_BTKD: Values.
+        mask_B1TT: True where position t may read position s; has to be causal. None means all
+            earlier positions and itself.
+        backend: Kernel to use, see ``GPTConfig.attention_backend``.
+
+    Returns:
+        (B, T, H, D), contiguous where the kernel is fused: the heads are moved by strides only.
+    """
+    q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    grouped = q_BHTD.size(1) != k_BKTD.size(1)
+    if grouped and mask_B1TT is not None:
+        # CUDA's fused kernels take either a mask or grouped heads.
+        group_size = q_BHTD.size(1) // k_BKTD.size(1)
+        k_BKTD = k_BKTD.repeat_interleave(group_size, dim=1)
+        v_BKTD = v_BKTD.repeat_interleave(group_size, dim=1)
+        grouped = False
+    with attention_kernel(backend):
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKTD,
+            v_BKTD,
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
+            enable_gqa=grouped,
+        )
+    return y_BHTD.transpose(1, 2)
+
+
+def exclusive_attention(y_BTHD: Tensor, v_BTKD: Tensor) -> Tensor:
+    """XSA: take from each head's output its component along the position's own value vector.
+
+    ``y_h - (y_h . u) u`` with ``u = v / max(|v|, 1e-12)`` of the head's key/value group,
+    in float32. Source: PR #549 and #703, on the last 4 layers; measured -0.0047 bits per byte
+    together with EMA, for about 2 ms a step on 8 H100.
+    """
+    y_BTKGD = y_BTHD.float().unflatten(2, (v_BTKD.size(2), -1))
+    u_BTK1D = F.normalize(v_BTKD.float(), dim=-1).unsqueeze(3)
+    along_BTKG1 = (y_BTKGD * u_BTK1D).sum(dim=-1, keepdim=True)
+    return (y_BTKGD - along_BTKG1 * u_BTK1D).flatten(2, 3).to(y_BTHD.dtype)
+
+
+def document_mask(starts_BT: Tensor) -> Tensor:
+    """Causal mask within documents, (B, 1, T, T): true where t may read s <= t of its own document.
+
+    Args:
+        starts_BT: True at the first token of each document. Tokens before the first start of a row
+            belong to a document that began earlier.
+    """
+    document_BT = starts_BT.cumsum(dim=1)
+    same_BTT = document_BT.unsqueeze(2) == document_BT.unsqueeze(1)
+    return same_BTT.tril().unsqueeze(1)
+
+
+class HeadGate(nn.Module):
+    """Gate per head, ``sigmoid(W x + b)`` of the attention input: starts nearly open (b = 4).
+
+    Source: switched off in PR #388, #549 and #703; not measured there.
+    """
+
+    def __init__(self, model_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, model_dim))
+        self.bias = nn.Parameter(torch.full((num_heads,), 4.0))
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """(B, T, E) -> (B, T, H, 1)."""
+        logits_BTH = F.linear(x_BTE, self.weight.to(x_BTE.dtype), self.bias.to(x_BTE.dtype))
+        return torch.sigmoid(logits_BTH).unsqueeze(-1)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer: QK norm, RoPE, a gain per query head, then :func:`attend`.
+
+    Args:
+        config: The model's configuration.
+        layer: Index of the layer, from 0: decides XSA and the value residual.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.backend = config.attention_backend
+        self.exclusive = layer >= config.num_layers - config.xsa_last_layers
+        self.c_q = CastedLinear(config.model_dim, config.model_dim)
+        self.c_k = CastedLinear(config.model_dim, config.kv_dim)
+        self.c_v = CastedLinear(config.model_dim, config.kv_dim)
+        self.proj = CastedLinear(config.model_dim, config.model_dim)
+        self.q_gain = self.value_mix = self.gate = None
+        if config.qk_gain_init is not None:
+            self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        if config.value_residual and layer > 0:
+            self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        if config.gated_attention:
+            self.gate = HeadGate(config.model_dim, config.num_heads)
+
+    def forward(
+        self,
+        x_BTE: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TT: Tensor | None = None,
+        value_embedding_BTC: Tensor | None = None,
+        first_v_BTKD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x_BTE: Normalised input.
+            rotary: Cosines and sines, each (T, R).
+            mask_B1TT: See :func:`attend`.
+            value_embedding_BTC: What the shared value embedding adds to the values.
+            first_v_BTKD: The first layer's values, for the value residual.
+
+        Returns:
+            The output (B, T, E) and this layer's values (B, T, K, D).
+        """
+        q_BTHD = self.c_q(x_BTE).unflatten(-1, (-1, self.head_dim))
+        k_BTKD = self.c_k(x_BTE).unflatten(-1, (-1, self.head_dim))
+        v_BTKD = self._values(x_BTE, value_embedding_BTC, first_v_BTKD)
+        if self.qk_norm:
+            q_BTHD, k_BTKD = rms_norm(q_BTHD), rms_norm(k_BTKD)
+        q_BTHD, k_BTKD = apply_rotary(q_BTHD, *rotary), apply_rotary(k_BTKD, *rotary)
+        if self.q_gain is not None:
+            q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
+
+        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend)
+        if self.exclusive:
+            y_BTHD = exclusive_attention(y_BTHD, v_BTKD)
+        if self.gate is not None:
+            y_BTHD = self.gate(x_BTE) * y_BTHD
+        return self.proj(y_BTHD.flatten(2)), v_BTKD
+
+    def _values(
+        self, x_BTE: Tensor, value_embedding_BTC: Tensor | None, first_v_BTKD: Tensor | None
+    ) -> Tensor:
+        v_BTC = self.c_v(x_BTE)
+        if value_embedding_BTC is not None:
+            v_BTC = v_BTC + value_embedding_BTC
+        v_BTKD = v_BTC.unflatten(-1, (-1, self.head_dim))
+        if self.value_mix is not None:
+            mix_2 = self.value_mix.to(v_BTKD.dtype)
+            v_BTKD = mix_2[0] * first_v_BTKD + mix_2[1] * v_BTKD
+        return v_BTKD

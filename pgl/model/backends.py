@@ -1,0 +1,75 @@
+"""Which attention kernel runs: torch's choice, or exactly the one asked for."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
+}
+
+# Capability of the first NVIDIA generation that has the kernel: 8 Ampere, 9 Hopper.
+FIRST_GENERATION = {"cudnn": 8, "flash": 8, "fa3": 9, "fa4": 9}
+
+
+def attention_kernel(backend: str) -> AbstractContextManager:
+    """Context in which ``scaled_dot_product_attention`` runs on ``backend`` or raises."""
+    if backend in ("fa3", "fa4") and nn.attention.current_flash_attention_impl() != backend.upper():
+        raise RuntimeError(f"{backend} is not active: call GPT.prepare_attention before compiling")
+    return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend])
+
+
+def prepare_backend(backend: str, device: torch.device) -> None:
+    """Make sure that ``backend`` can run on ``device``; put FlashAttention-3 or -4 in place.
+
+    FlashAttention-3 and -4 replace the flash kernel of the whole process, through torch's own
+    switch ``torch.nn.attention.activate_flash_attention_impl``; "flash" puts torch's back.
+
+    Raises:
+        ValueError: If the device, this torch build or a missing package rules the backend out.
+    """
+    if backend in ("auto", "math") or (backend == "flash" and device.type == "cpu"):
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention_backend {backend} needs a CUDA device, not {device.type}; "
+            f"use auto, math or flash there"
+        )
+    generation, _ = torch.cuda.get_device_capability(device)
+    if generation < FIRST_GENERATION[backend]:
+        raise ValueError(
+            f"attention_backend {backend} needs compute capability {FIRST_GENERATION[backend]}.0, "
+            f"this device has {generation}.x; use auto"
+        )
+    if backend == "cudnn" and not torch.backends.cudnn.is_available():
+        raise ValueError("attention_backend cudnn needs a torch build with cuDNN; use auto")
+    if backend == "flash" and not torch.backends.cuda.is_flash_attention_available():
+        raise ValueError("attention_backend flash is missing in this torch build; use auto")
+    if backend != "cudnn":
+        _select_flash_implementation(None if backend == "flash" else backend.upper())
+
+
+def _select_flash_implementation(name: str | None) -> None:
+    switch = nn.attention
+    if not hasattr(switch, "activate_flash_attention_impl"):
+        if name is None:
+            return
+        raise ValueError(f"attention_backend {name.lower()} needs torch 2.11 or newer; use auto")
+    if switch.current_flash_attention_impl() == name:
+        return
+    if name is None:
+        switch.restore_flash_attention_impl()
+        return
+    try:
+        switch.activate_flash_attention_impl(name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"attention_backend {name.lower()} could not be activated ({error}); install "
+            f"FlashAttention-{name[-1]} or use auto"
+        ) from error

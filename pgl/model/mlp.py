@@ -1,0 +1,41 @@
+"""The MLP of a block: up, squared activation, down."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgl.model.config import GPTConfig
+from pgl.model.linear import CastedLinear
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU, ``max(x, 0)^2``. Source: the challenge's baseline."""
+    positive = F.relu(x)
+    # Not .square(): autocast runs pow in float32. The product rounds to the same bfloat16.
+    return positive * positive
+
+
+def leaky_relu2(x: Tensor, negative_slope: float) -> Tensor:
+    """Squared leaky ReLU: ``x^2`` above zero, ``(negative_slope x)^2`` below.
+
+    Source: PR #549 and #703 with slope 0.5; measured -0.0021 to -0.003 bits per byte.
+    """
+    leaky = F.leaky_relu(x, negative_slope)
+    return leaky * leaky
+
+
+class MLP(nn.Module):
+    """``proj(activation(fc(x)))`` with ``config.mlp_hidden`` hidden units."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.mlp_activation
+        self.negative_slope = config.mlp_negative_slope
+        self.fc = CastedLinear(config.model_dim, config.mlp_hidden)
+        self.proj = CastedLinear(config.mlp_hidden, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        hidden = self.fc(x)
+        if self.activation == "relu2":
+            return self.proj(relu2(hidden))
+        return self.proj(leaky_relu2(hidden, self.negative_slope))

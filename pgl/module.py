@@ -1,0 +1,229 @@
+"""The LightningModule: it wires the model, loss, optimizer and metric; it computes nothing itself.
+
+Shape suffixes: S sequences, T sequence length (T1 = T + 1 tokens: inputs and targets overlap).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pgl.evaluate import BitsPerByte, ByteTable, WindowBatch, score_batch
+from pgl.generate import GenerationConfig, generate
+from pgl.model import GPT, GPTConfig
+from pgl.objective import LossConfig, training_loss
+from pgl.optim import (
+    MuonAdamW,
+    OptimizerConfig,
+    Progress,
+    ScheduleConfig,
+    build_optimizer,
+    lr_scale,
+    mile_gamma,
+    muon_momentum,
+)
+
+CHECKPOINT_FORMAT = 1
+
+
+class GolfModule(pl.LightningModule):
+    """A GPT that trains with MuonAdamW and is scored in bits per byte.
+
+    Example::
+
+        module = GolfModule(GPTConfig(num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2))
+        Trainer(max_steps=100).fit(module, TokenDataModule(Stdlib(), seq_len=256))
+
+    Args:
+        gpt: The architecture.
+        optimizer: Learning rates, momentum, decay and clipping.
+        schedule: How learning rates and momentum follow the budget.
+        loss: Cross-entropy, or MiLe's entropy-weighted form.
+        compile: Whether training and scoring run through ``torch.compile`` (fullgraph).
+    """
+
+    def __init__(
+        self,
+        gpt: GPTConfig = GPTConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        loss: LossConfig = LossConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gpt_config = gpt
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.loss_config = loss
+        self.compile_model = compile
+        self.gpt = GPT(gpt)
+        self.bits_per_byte: BitsPerByte | None = None
+        self.generation = GenerationConfig()
+        self.step_losses: list[Tensor] = []
+        self.lr_scale = 1.0
+        self.register_buffer("mile_gamma", torch.zeros(()), persistent=False)
+        self._training_loss: Callable[..., Tensor] = training_loss
+        self._score: Callable[..., Any] = score_batch
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Called on every process: take the data's byte table and compile."""
+        data = getattr(self.trainer, "datamodule", None)
+        vocab_size = getattr(data, "vocab_size", self.gpt_config.vocab_size)
+        if vocab_size != self.gpt_config.vocab_size:
+            raise ValueError(
+                f"model.gpt.vocab_size={self.gpt_config.vocab_size} but the data's tokenizer has "
+                f"{vocab_size} tokens: set model.gpt.vocab_size to {vocab_size}"
+            )
+        table: ByteTable | None = getattr(data, "byte_table", None)
+        if table is not None and stage != "predict":
+            self.bits_per_byte = BitsPerByte(table)
+        if self.compile_model and self._training_loss is training_loss:
+            self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
+            self._score = torch.compile(score_batch, fullgraph=True, dynamic=False)
+
+    @override
+    def training_step(self, tokens_ST1: Tensor, batch_idx: int) -> Tensor:
+        """Return the mean loss of one micro-batch."""
+        ids_ST, targets_ST = tokens_ST1[:, :-1], tokens_ST1[:, 1:].long()
+        loss = self._training_loss(self.gpt, ids_ST, targets_ST, self.loss_config, self.mile_gamma)
+        self.step_losses.append(loss.detach())
+        return loss
+
+    @override
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """Score one batch of windows."""
+        assert self.bits_per_byte is not None, "validation needs a TokenDataModule's byte table"
+        self.bits_per_byte.update(*self.score(batch))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Called when every window was scored: log the bits per byte of all ranks together."""
+        self._log_score("val")
+
+    @override
+    def test_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """Score one batch of windows."""
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Called when every window was scored."""
+        self._log_score("test")
+
+    @override
+    def predict_step(self, prompt_T: Tensor, batch_idx: int) -> str:
+        """Return a prompt and its continuation as text."""
+        data = self.trainer.datamodule
+        ids_T = generate(self.gpt, prompt_T, self.generation, context_len=data.seq_len)
+        return data.tokenizer.decode(ids_T.tolist())
+
+    @override
+    def configure_optimizers(self) -> MuonAdamW:
+        """Build the one optimizer, with named Muon and AdamW groups."""
+        optimizer = build_optimizer(self.gpt, self.optimizer_config)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called before a checkpoint is written: add what rebuilds this module, as plain values."""
+        checkpoint["pgl_format"] = CHECKPOINT_FORMAT
+        checkpoint["hyper_parameters"] = {
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            **self.config(),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called before a checkpoint's state is restored."""
+        written_by = checkpoint.get("pgl_format", CHECKPOINT_FORMAT)
+        if written_by > CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {written_by}, this pgl reads up to "
+                f"{CHECKPOINT_FORMAT}: upgrade pgl"
+            )
+        self._align_batch_progress(checkpoint)
+
+    def score(self, batch: WindowBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return nats, previous tokens, targets and mask of a batch of windows."""
+        return self._score(self.gpt, batch)
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the GPT other weights inside the block, and its own ones back afterwards.
+
+        Args:
+            weights: All of the GPT's parameters by name, on any device.
+        """
+        own = dict(self.gpt.named_parameters())
+        kept = {name: parameter.detach().clone() for name, parameter in own.items()}
+        try:
+            _copy_weights(own, weights)
+            yield
+        finally:
+            _copy_weights(own, kept)
+
+    def apply_progress(self, progress: Progress) -> None:
+        """Set everything that follows the budget: learning rates, momentum, MiLe's gamma.
+
+        Args:
+            progress: Where the run stands at the start of an optimizer step.
+        """
+        self.step_losses.clear()
+        self.lr_scale = lr_scale(progress, self.schedule_config)
+        momentum = muon_momentum(progress, self.schedule_config)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, MuonAdamW)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.lr_scale
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+        if self.loss_config.mile_gamma > 0:
+            self.mile_gamma.fill_(mile_gamma(self.lr_scale, self.loss_config.mile_gamma))
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values."""
+        return {
+            "gpt": asdict(self.gpt_config),
+            "optimizer": asdict(self.optimizer_config),
+            "schedule": asdict(self.schedule_config),
+            "loss": asdict(self.loss_config),
+            "compile": self.compile_model,
+        }
+
+    def _log_score(self, split: str) -> None:
+        assert self.bits_per_byte is not None
+        score = self.bits_per_byte.compute()
+        self.bits_per_byte.reset()
+        # The metric has already summed over the ranks, so every rank logs the same value.
+        self.log(f"{split}/bpb", score["bpb"], prog_bar=True, rank_zero_only=False)
+        self.log(f"{split}/loss", score["loss"])
+
+    def _align_batch_progress(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches. Another world size has other micro-batches, and a step
+        # that was cut short starts again, so the count is derived from the optimizer steps.
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is None or self._trainer is None:
+            return
+        micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in ("total", "current"):
+            progress = loops["epoch_loop.batch_progress"][counts]
+            for event in ("ready", "started", "processed"):
+                behind = progress["ready"] - progress[event]
+                progress[event] = micro_batches - behind
+            progress["completed"] = progress["processed"] - (
+                1 if progress["completed"] < progress["processed"] else 0
+            )
+
+
+@torch.no_grad()
+def _copy_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

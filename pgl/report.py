@@ -1,0 +1,138 @@
+"""The report of a run, as plain values and as Markdown."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pgl
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "sentencepiece", "zstandard", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and the git revision of pgl's checkout, if it is one."""
+    return {
+        "pgl": pgl.__version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": _device(),
+        "cpu_threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return a report as Markdown: scores, phases, size, techniques, data, environment."""
+    training, data = report["training"], report["data"]
+    lines = [
+        f"# Run report: {report['name']}",
+        "",
+        f"{training['steps']:,} steps of {training['batch_tokens']:,} tokens "
+        f"({training['tokens'] / 1e6:.2f} M) in {training['seconds']:.1f} s of training, "
+        f"{training['tokens_per_second']:,.0f} tokens/s, {training['devices']} device(s).",
+        "",
+        "## Scores",
+        "",
+        "| weights | windows | bits per byte | nats per token | targets | bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {score['weights']} | {score['windows']} | {score['bpb']:.6f} | {score['loss']:.6f} | "
+        f"{score['tokens']:,} | {score['bytes']:,} |"
+        for score in report["scores"]
+    ]
+    lines += ["", *_compared_with_xz(report), "## Phases", ""]
+    lines += ["| phase | seconds | counts as training |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {phase['seconds']:.2f} | {'yes' if phase['counts'] else 'no'} |"
+        for name, phase in report["budget"]["phases"].items()
+    ]
+    lines += ["", *_size(report["artifact"]), "## Techniques", ""]
+    lines += ["| technique | setting | acted |", "|---|---|---|"]
+    lines += [
+        f"| {row['technique']} | {row['setting']} | {row['acted']} |"
+        for row in report["techniques"]
+    ]
+    lines += ["", "## Data", ""]
+    lines += [f"- {key}: {_short(value)}" for key, value in data.items()]
+    lines += ["", "## Environment", ""]
+    lines += [f"- {key}: {_short(value)}" for key, value in report["environment"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the few lines that a run prints when it ends."""
+    lines = [""]
+    for score in report["scores"]:
+        lines.append(f"  {score['weights']:<10} {score['windows']:<8} {score['bpb']:.6f} bits/byte")
+    lines += ["", *(f"  {line}" for line in _compared_with_xz(report) if line)]
+    artifact = report["artifact"]
+    if artifact:
+        limit = artifact["limit_bytes"]
+        of_limit = f" of {limit:,}" if limit else ""
+        lines.append(f"  artifact   {artifact['total_bytes']:,}{of_limit} bytes")
+    return "\n".join(lines)
+
+
+def _compared_with_xz(report: dict[str, Any]) -> list[str]:
+    xz = report["data"].get("val_xz_bits_per_byte")
+    if xz is None or not report["scores"]:
+        return []
+    best = report["scores"][-1]["bpb"]
+    verdict = "below" if best < xz else "NOT below"
+    return [f"{best:.4f} is {verdict} the {xz:.4f} bits per byte of xz -9e on the same text.", ""]
+
+
+def _size(artifact: dict[str, Any]) -> list[str]:
+    if not artifact:
+        return []
+    lines = ["## Artifact", "", "| part | weights | bytes | bits per weight |", "|---|---|---|---|"]
+    for group in artifact["groups"]:
+        bits = f"{group['bits_per_weight']:.3f}" if group["parameters"] else ""
+        lines.append(
+            f"| {group['name']} | {group['parameters']:,} | {group['packed_bytes']:,} | {bits} |"
+        )
+    lines.append(f"| source code | | {artifact['code_bytes']:,} | |")
+    lines.append(f"| container | | {artifact['container_bytes']:,} | |")
+    lines.append(f"| **total** | | **{artifact['total_bytes']:,}** | |")
+    return [*lines, ""]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {str(item)[:16]}" for key, item in value.items())
+    return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"cpu ({platform.processor() or platform.machine()})"
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(pgl.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

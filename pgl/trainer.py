@@ -1,0 +1,87 @@
+"""Lightning's Trainer, with ``export``, and with saving that the budget does not pay for."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from callbacks.find import find_callback
+from callbacks.gptq_export import GPTQExport
+from callbacks.wall_clock_budget import WallClockBudget
+from pgl.artifact import is_artifact
+from pgl.artifact.checkpoint_io import GolfCheckpointIO
+
+
+class GolfTrainer(pl.Trainer):
+    """A Trainer that also exports, and reads artifacts wherever it reads checkpoints."""
+
+    @override
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, average, quantise, pack and score a model; resume with --ckpt_path.
+
+        Args:
+            model: The module to train.
+            train_dataloaders: Not used: the data module has the loaders.
+            val_dataloaders: Not used.
+            datamodule: The data.
+            ckpt_path: Checkpoint to resume from.
+            weights_only: As in Lightning; checkpoints of pgl always hold plain values only.
+        """
+        if ckpt_path is not None and is_artifact(ckpt_path):
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} is an artifact, which has no optimizer state to resume "
+                "from: give the run's last.ckpt"
+            )
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str,
+        out: str = "model.pgl",
+    ) -> None:
+        """Make an artifact from a checkpoint, without training.
+
+        Args:
+            model: The module that the checkpoint belongs to.
+            datamodule: Names the tokenizer, and calibrates GPTQ.
+            ckpt_path: The checkpoint. Its averaged weights are exported if it has any.
+            out: The artifact to write.
+        """
+        if is_artifact(ckpt_path):
+            raise ValueError(f"--ckpt_path {ckpt_path} is an artifact already: give a checkpoint")
+        checkpoint = GolfCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
+        model.load_state_dict(checkpoint["state_dict"])
+        model.to(self.strategy.root_device)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        exporter = find_callback(self, GPTQExport)
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        exported = exporter.export(self, model, dict(model.gpt.named_parameters()), Path(out))
+        print(exported.size.table())
+
+    @override
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+    ) -> None:
+        """Save a checkpoint while the training clock stands still."""
+        budget = find_callback(self, WallClockBudget)
+        paused = budget.running
+        if paused:
+            budget.pause("checkpoint", self.lightning_module)
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        if paused:
+            budget.resume("checkpoint", self.lightning_module)

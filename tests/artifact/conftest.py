@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from pgl.model import GPT, GPTConfig
+from pgl.quant import QuantConfig, quantize_state
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return GPTConfig(
+        vocab_size=40,
+        num_layers=2,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_hidden=24,
+        bigram_buckets=24,
+        bigram_dim=8,
+        smear_gate=True,
+        embedding_dtype="bfloat16",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_state(tiny_config):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(tensor.shape, generator=generator).mul(0.3).to(tensor.dtype)
+        for name, tensor in GPT(tiny_config).state_dict().items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_stored(tiny_state):
+    return quantize_state(tiny_state, QuantConfig(passthrough_max_numel=150))

@@ -1,0 +1,137 @@
+"""A small Hugging Face hub on this machine, with the faults that the real one shows."""
+
+import hashlib
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+import huggingface_hub
+import pytest
+
+Fault = Literal["empty", "short", "head_503", "get_503", "dies"]
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves ``files`` of one data set repository and misbehaves as ``faults`` say, in order.
+
+    ``empty`` and ``short``: the stored file itself is damaged, its announced length agrees.
+    ``head_503``, ``get_503``: the service is unavailable. ``dies``: the connection breaks midway.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repo_id: str) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.repo_id = repo_id
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str] = []
+        self.lock = threading.Lock()
+
+    def take_fault(self, name: str, *kinds: Fault) -> Fault | None:
+        with self.lock:
+            if self.faults[name] and self.faults[name][0] in kinds:
+                return self.faults[name].popleft()
+        return None
+
+    def next_fault(self, name: str) -> Fault | None:
+        with self.lock:
+            return self.faults[name][0] if self.faults[name] else None
+
+    def gets(self) -> list[str]:
+        return [name for method, name in self.requests if method == "GET"]
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        name = self._name()
+        if name is None:
+            return
+        if self.server.take_fault(name, "head_503"):
+            self._refuse(503)
+        else:
+            self._headers(200, name, self._content(name, self.server.next_fault(name)))
+
+    def do_GET(self) -> None:
+        name = self._name()
+        if name is None:
+            return
+        fault = self.server.take_fault(name, "empty", "short", "get_503", "dies")
+        if fault == "get_503":
+            self._refuse(503)
+            return
+        content = self._content(name, fault)
+        start = 0
+        if "Range" in self.headers:
+            self.server.ranges.append(self.headers["Range"])
+            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+        self._headers(206 if start else 200, name, content, start)
+        if fault == "dies":
+            self.wfile.write(content[start : (start + len(content)) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+        else:
+            self.wfile.write(content[start:])
+
+    def _name(self) -> str | None:
+        self.server.requests.append((self.command, self.path.split("/main/", 1)[-1]))
+        prefix = f"/datasets/{self.server.repo_id}/resolve/main/"
+        if not self.path.startswith(prefix):
+            self._refuse(401, "RepoNotFound")
+            return None
+        name = self.path.removeprefix(prefix)
+        if name not in self.server.files:
+            self._refuse(404, "EntryNotFound")
+            return None
+        return name
+
+    def _content(self, name: str, fault: Fault | None) -> bytes:
+        content = self.server.files[name]
+        return {"empty": b"", "short": content[: len(content) // 2]}.get(str(fault), content)
+
+    def _headers(self, status: int, name: str, content: bytes, start: int = 0) -> None:
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha1(name.encode() + content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Accept-Ranges", "bytes")
+        if status == 206:
+            end = len(content) - 1
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+        self.end_headers()
+
+    def _refuse(self, status: int, code: str = "") -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
+    """A running server that huggingface_hub takes for the hub."""
+    server = HubServer("someone/golf")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    # The client pauses a second before it takes up a broken connection again.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
