@@ -50,6 +50,12 @@ class RunCheckpoint(ModelCheckpoint):
             save_top_k=1,
         )
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """One key whatever the interval, so that a run may resume with another one."""
+        return "RunCheckpoint"
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a run begins: put the file into the run's folder."""
@@ -59,4 +65,5 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the last step is done: keep it before anything else happens."""
-        trainer.save_checkpoint(Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}")
+        path = Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}"
+        trainer.save_checkpoint(path, weights_only=False)

@@ -90,6 +90,7 @@ class SlidingWindowBPB(Callback):
         self.tail: Tail = tail
         self.every_n_steps = every_n_steps
         self.scores: list[Score] = []
+        self._validated_at_step: int | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,12 +113,21 @@ class SlidingWindowBPB(Callback):
             )
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation ends: remember which weights its score belongs to."""
+        self._validated_at_step = trainer.global_step
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends, after the export: score what there is."""
         data = trainer.datamodule
         averaging = find_callback(trainer, WeightAveraging)
         chunks = data.chunk_loader()
-        self._score(trainer, pl_module, averaging.weights(pl_module, "raw"), "raw", chunks)
+        if self._validated_at_step == trainer.global_step:
+            # Lightning has just validated these very weights, in chunks.
+            self._keep(trainer, "raw", "chunked", pl_module.last_score)
+        else:
+            self._score(trainer, pl_module, averaging.weights(pl_module, "raw"), "raw", chunks)
         for name, average in averaging.averages.items():
             if average.count > 0:
                 weights = averaging.weights(pl_module, name)
@@ -158,6 +168,11 @@ class SlidingWindowBPB(Callback):
             pl_module.with_weights(weights),
         ):
             result = self._run(trainer, pl_module, loader, advance)
+        self._keep(trainer, name, windows, result)
+
+    def _keep(
+        self, trainer: pl.Trainer, name: str, windows: str, result: Mapping[str, Tensor]
+    ) -> None:
         score = Score(
             name,
             windows,
@@ -168,7 +183,7 @@ class SlidingWindowBPB(Callback):
         )
         self.scores.append(score)
         if trainer.logger is not None:
-            key = f"final/bpb_{name}{'_sliding' if sliding else ''}"
+            key = f"final/bpb_{name}_{windows}"
             trainer.logger.log_metrics({key: score.bpb}, step=trainer.global_step)
 
     @torch.no_grad()

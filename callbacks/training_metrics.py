@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -76,7 +77,7 @@ class TrainingMetrics(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when validation ends: repeat its score against seconds and tokens."""
         score = trainer.callback_metrics.get("val/bpb")
-        if score is not None and trainer.state.fn == "fit":
+        if score is not None and trainer.state.fn == TrainerFn.FITTING:
             _log(trainer, {"val/bpb": score.item()}, "val/bpb", by_step=False)
 
     @override

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -187,7 +188,7 @@ class WeightAveraging(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called before a checkpoint is restored for training: go on with the raw weights."""
-        if "current_model_state" in checkpoint:
+        if trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint:
             pl_module.load_state_dict(checkpoint["current_model_state"])
 
     @override

@@ -66,6 +66,8 @@ class GolfModule(pl.LightningModule):
         self.generation = GenerationConfig()
         self.step_losses: list[Tensor] = []
         self.lr_scale = 1.0
+        self.last_score: dict[str, Tensor] = {}
+        """What the last validation scored: bpb, loss, tokens, bytes."""
         self.register_buffer("mile_gamma", torch.zeros(()), persistent=False)
         self._training_loss: Callable[..., Tensor] = training_loss
         self._score: Callable[..., Any] = score_batch
@@ -200,7 +202,7 @@ class GolfModule(pl.LightningModule):
 
     def _log_score(self, split: str) -> None:
         assert self.bits_per_byte is not None
-        score = self.bits_per_byte.compute()
+        score = self.last_score = self.bits_per_byte.compute()
         self.bits_per_byte.reset()
         # The metric has already summed over the ranks, so every rank logs the same value.
         self.log(f"{split}/bpb", score["bpb"], prog_bar=True, rank_zero_only=False)

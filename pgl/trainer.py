@@ -63,12 +63,13 @@ class GolfTrainer(pl.Trainer):
         checkpoint = GolfCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
         model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device)
+        self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
         exporter = find_callback(self, GPTQExport)
-        self._data_connector.attach_data(model, datamodule=datamodule)
-        exported = exporter.export(self, model, dict(model.gpt.named_parameters()), Path(out))
-        print(exported.size.table())
+        weights = dict(model.gpt.named_parameters())
+        exporter.exported = exporter.export(self, model, weights, Path(out))
+        print(exporter.exported.size.table())
 
     @override
     def save_checkpoint(

@@ -100,8 +100,12 @@ class TokenDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> TrainLoader:
-        """Return this rank's micro-batches, (S, T+1) int32 each."""
-        return TrainLoader(self.stream, self.layout, pin_memory=torch.cuda.is_available())
+        """Return this rank's micro-batches, (S, T+1) int32 each, from the Trainer's step on."""
+        loader = TrainLoader(self.stream, self.layout, pin_memory=torch.cuda.is_available())
+        if self.trainer is not None:
+            # Lightning restores a loader's position only if its epoch was cut short.
+            loader.load_state_dict({"step": self.trainer.global_step})
+        return loader
 
     @override
     def val_dataloader(self) -> WindowLoader:

@@ -1,5 +1,6 @@
 """Scoring: byte counts, bits per byte, evaluation windows, test-time training."""
 
+from pgl.evaluate.adapt import TTTConfig
 from pgl.evaluate.audit import AuditReport, ByteAuditError, audit_bytes
 from pgl.evaluate.bits_per_byte import BitsPerByte
 from pgl.evaluate.byte_table import ByteTable, target_bytes
@@ -7,7 +8,6 @@ from pgl.evaluate.loader import TokenShards, WindowBatch, WindowLoader
 from pgl.evaluate.score import BatchScores, evaluate_windows, score_batch
 from pgl.evaluate.ttt import (
     ChunkRecord,
-    TTTConfig,
     restored_weights,
     score_first_ttt,
     train_on_all,

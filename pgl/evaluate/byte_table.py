@@ -17,7 +17,7 @@ SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space inside its pieces."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByteTable:
     """Byte counts of a tokenizer's pieces, as three tables indexed by token id.
 

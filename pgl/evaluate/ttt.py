@@ -1,6 +1,6 @@
 """Test-time training: learn from validation text, legally only from what has been scored.
 
-Shapes: B sequences, S sequence length, W windows.
+Shapes: W windows.
 """
 
 import math
@@ -10,56 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from pgl.evaluate.adapt import ChunkTrainer, Trainable, TTTConfig, training_run, world
 from pgl.evaluate.bits_per_byte import BitsPerByte
-from pgl.evaluate.loader import Tokens, TokenShards, WindowLoader, open_tokens
-from pgl.evaluate.score import autocast, evaluation_mode, move, score_batch
-from pgl.evaluate.windows import Tail, shard_range, sliding_windows
-
-Trainable = Callable[[str], bool]
-
-
-@dataclass
-class TTTConfig:
-    """Test-time training by plain SGD. The defaults are those of PR #549."""
-
-    chunk_tokens: int = 32768
-    """Targets scored before the weights are trained on them."""
-
-    lr: float = 0.002
-    """Learning rate of the first chunk; falls to 0 at the last along half a cosine."""
-
-    epochs: int = 3
-    """Passes over each chunk."""
-
-    momentum: float = 0.9
-    """SGD momentum, carried over from chunk to chunk."""
-
-    grad_clip_norm: float = 1.0
-    """Largest norm of the gradient over all parameters."""
-
-    batch_seqs: int = 32
-    """Sequences in one SGD step, over all processes."""
-
-    micro_batch_seqs: int = 32
-    """Sequences that one process runs at once; lower it if memory runs out."""
-
-    freeze_blocks: int = 0
-    """Leave the parameters of this many first blocks as they are."""
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "epochs", "batch_seqs", "micro_batch_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "grad_clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
-        if self.freeze_blocks < 0:
-            raise ValueError(f"freeze_blocks is {self.freeze_blocks}; it must not be negative")
+from pgl.evaluate.loader import Tokens, WindowLoader, open_tokens
+from pgl.evaluate.score import autocast, move, score_batch
+from pgl.evaluate.windows import Tail, sliding_windows
 
 
 @dataclass
@@ -137,16 +94,18 @@ def score_first_ttt(
             "raise chunk_tokens or shorten the sequence"
         )
     windows_W3 = sliding_windows(num_targets, seq_len, stride, tail)
-    chunk_W = assign_chunks(windows_W3, config.chunk_tokens)
     num_chunks = -(-num_targets // config.chunk_tokens)
-    rank, world_size = _world()
+    # Chunk numbers never decrease along the windows, so a chunk's windows are a slice.
+    chunk_W = assign_chunks(windows_W3, config.chunk_tokens)
+    bounds = np.searchsorted(chunk_W, np.arange(num_chunks + 1))
+    rank, world_size = world()
     device = torch.device(device)
     metric.to(device).reset()
     trained_stop = 0
-    with _training_run(gpt, config, trainable) as optimizer:
-        trainer = _Trainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
+    with training_run(gpt, config, trainable) as optimizer:
+        trainer = ChunkTrainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
         for chunk in range(num_chunks):
-            chunk_windows_W3 = windows_W3[chunk_W == chunk]
+            chunk_windows_W3 = windows_W3[bounds[chunk] : bounds[chunk + 1]]
             # The rule of the challenge, and the reason for everything else here.
             assert (chunk_windows_W3[:, 2] >= trained_stop).all()
             loader = WindowLoader(
@@ -217,8 +176,8 @@ def train_on_all(
     seqs_of_step = [
         min(config.batch_seqs, num_seqs - first) for first in range(0, num_seqs, config.batch_seqs)
     ]
-    with _training_run(gpt, config, trainable) as optimizer:
-        trainer = _Trainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
+    with training_run(gpt, config, trainable) as optimizer:
+        trainer = ChunkTrainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
         steps = trainer.train(0, num_targets, config.lr)
         losses = torch.stack([loss for loss, _ in steps]).view(config.epochs, -1)
         weights = torch.tensor(seqs_of_step, dtype=losses.dtype, device=losses.device)
@@ -265,118 +224,3 @@ def _score_chunk(
     return ChunkRecord(
         chunk, lr, metric.nats - nats, metric.num_tokens - tokens, metric.num_bytes - num_bytes
     )
-
-
-@dataclass
-class _Trainer:
-    """SGD on stretches of the text, shared out over the processes."""
-
-    gpt: nn.Module
-    optimizer: torch.optim.SGD
-    shards: TokenShards
-    config: TTTConfig
-    seq_len: int
-    autocast_dtype: torch.dtype | None
-
-    def train(self, start: int, stop: int, lr: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Train on the whole sequences of targets ``start .. stop - 1``.
-
-        Yields the loss and gradient norm of each step.
-        """
-        self.optimizer.param_groups[0]["lr"] = lr
-        num_seqs = (stop - start) // self.seq_len
-        for _ in range(self.config.epochs):
-            for first in range(0, num_seqs, self.config.batch_seqs):
-                count = min(self.config.batch_seqs, num_seqs - first)
-                yield self._step(start + first * self.seq_len, count)
-
-    def _step(self, start: int, num_seqs: int) -> tuple[Tensor, Tensor]:
-        params: list[Tensor] = self.optimizer.param_groups[0]["params"]
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), device=params[0].device)
-        first, stop = shard_range(num_seqs, *_world())
-        for i in range(first, stop, self.config.micro_batch_seqs):
-            j = min(i + self.config.micro_batch_seqs, stop)
-            loss += self._backward(start + i * self.seq_len, j - i, num_seqs * self.seq_len)
-        for param in params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        if _world()[1] > 1:
-            loss = _sum_over_processes(loss, params)
-        norm = nn.utils.clip_grad_norm_(params, self.config.grad_clip_norm)
-        self.optimizer.step()
-        return loss, norm
-
-    def _backward(self, start: int, num_seqs: int, targets_of_step: int) -> Tensor:
-        """Add a micro-batch's share of the step's mean loss to the gradients, and return it."""
-        tokens = self.shards.read(start, start + num_seqs * self.seq_len + 1)
-        device = self.optimizer.param_groups[0]["params"][0].device
-        ids = torch.from_numpy(tokens).to(device)
-        ids_BS, targets_BS = ids[:-1].view(num_seqs, -1), ids[1:].view(num_seqs, -1)
-        with autocast(device, self.autocast_dtype):
-            nats_BS = self.gpt.token_losses(ids_BS, targets_BS)
-        loss = nats_BS.sum() / targets_of_step
-        loss.backward()
-        return loss.detach()
-
-
-def _sum_over_processes(loss: Tensor, params: list[Tensor]) -> Tensor:
-    """Replace each gradient by its sum over the processes; return the sum of ``loss``.
-
-    The shares carry the weight of their targets already, so the sums are those of one process with
-    the whole batch. One reduction, by every process: one that had no sequence adds zeros.
-    """
-    flat = torch.cat([loss.view(1)] + [param.grad.float().flatten() for param in params])
-    dist.all_reduce(flat)
-    parts = flat[1:].split([param.numel() for param in params])
-    for param, part in zip(params, parts, strict=True):
-        param.grad.copy_(part.view_as(param))
-    return flat[0].clone()
-
-
-@contextmanager
-def _training_run(
-    gpt: nn.Module, config: TTTConfig, trainable: Trainable | None
-) -> Iterator[torch.optim.SGD]:
-    """Gradients on for the trained parameters only; flags and modes are put back afterwards."""
-    if trainable is None:
-        frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
-
-        def trainable(name: str) -> bool:
-            return not name.startswith(frozen)
-
-    flags = [(param, param.requires_grad) for param in gpt.parameters()]
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(gpt):
-        _leave_inference(gpt)
-        try:
-            for name, param in gpt.named_parameters():
-                param.requires_grad_(trainable(name))
-            trained = [param for param in gpt.parameters() if param.requires_grad]
-            if not trained:
-                raise ValueError("freeze_blocks leaves no parameter to train; lower it")
-            yield torch.optim.SGD(trained, lr=config.lr, momentum=config.momentum)
-        finally:
-            for param, flag in flags:
-                param.requires_grad_(flag)
-                param.grad = None
-
-
-def _leave_inference(gpt: nn.Module) -> None:
-    for name, param in gpt.named_parameters():
-        if param.is_inference():
-            raise ValueError(
-                f"parameter {name} was made under torch.inference_mode and cannot be trained; load "
-                "the weights outside it (Trainer: inference_mode: false)"
-            )
-    # A table cached while scoring under inference_mode may not be saved for backward; a copy may.
-    for module in gpt.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_inference():
-                setattr(module, name, buffer.clone())
-
-
-def _world() -> tuple[int, int]:
-    """Rank and number of processes."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -33,7 +33,7 @@ def attend(
         backend: Kernel to use, see ``GPTConfig.attention_backend``.
 
     Returns:
-        (B, T, H, D), contiguous where the kernel is fused: the heads are moved by strides only.
+        (B, T, H, D). Heads are moved by strides, never copied.
     """
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     grouped = q_BHTD.size(1) != k_BKTD.size(1)

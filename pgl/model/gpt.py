@@ -17,6 +17,7 @@ from pgl.model.config import GPTConfig
 from pgl.model.embeddings import BigramHash, SharedValueEmbedding, SmearGate, document_starts
 from pgl.model.init import initialize
 from pgl.model.linear import CastedLinear
+from pgl.model.loss import token_cross_entropy
 from pgl.model.mlp import MLP
 from pgl.model.norm import rms_norm
 from pgl.model.rotary import rotary_table
@@ -148,8 +149,8 @@ class GPT(nn.Module):
             raise ValueError(f"last must be from 1 to the sequence length {length}, not {last}")
         first = 0 if last is None else length - last
         logits_BSV = self.logits(self.features(ids_BT)[:, first:])
-        targets_BS = targets_BT[:, first:].long()
-        return F.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="none")
+        targets_BS = targets_BT[:, first:]
+        return token_cross_entropy(logits_BSV, targets_BS).view_as(targets_BS)
 
     def features(self, ids_BT: Tensor) -> Tensor:
         """Return what the head reads: the normalised last stream, (B, T, E)."""

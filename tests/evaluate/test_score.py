@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from pgl.evaluate import BitsPerByte, WindowLoader, evaluate_windows, score_batch, sliding_windows
 
@@ -132,3 +133,17 @@ def test_sliding_gives_more_context_than_chunks(make_gpt, small_table, stream):
     assert losses[0]["tokens"] == losses[1]["tokens"]
     assert losses[0]["bytes"] == losses[1]["bytes"]
     assert losses[0]["loss"] != losses[1]["loss"]
+
+
+def test_a_compiled_model_compiles_twice_and_no_more(make_gpt, small_table, stream):
+    gpt, tokens, counter = make_gpt(), stream(300), CompileCounter()
+    loader = WindowLoader(tokens, seq_len=16, stride=4, batch_windows=7, tail="pr388")
+    expected = evaluate_windows(gpt, loader, BitsPerByte(small_table))
+
+    gpt.token_losses = torch.compile(
+        gpt.token_losses, backend=counter, fullgraph=True, dynamic=False
+    )
+    scores = evaluate_windows(gpt, loader, BitsPerByte(small_table))
+
+    assert len({batch.tokens_BS1.shape for batch in loader}) == counter.frame_count == 2
+    assert float(scores["bpb"]) == pytest.approx(float(expected["bpb"]), rel=1e-6)

@@ -18,7 +18,7 @@ def fresh_dynamo():
 
 def batch() -> tuple[Tensor, Tensor]:
     ids_BT = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
-    return ids_BT[:, :-1], ids_BT[:, 1:]
+    return ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()
 
 
 def compiled_losses(gpt: GPT, backend: str = "eager"):
@@ -31,14 +31,23 @@ def set_qat(gpt: GPT, clip: int | None) -> None:
             module.qat_clip = clip
 
 
-@pytest.mark.parametrize("pr", PRS)
-def test_recipe_is_one_graph(pr: str) -> None:
-    gpt = randomize(GPT(tiny(pr)))
+def check_one_graph(gpt: GPT) -> None:
     ids, targets = batch()
     loss = compiled_losses(gpt)(ids, targets)
     torch.testing.assert_close(loss, gpt.token_losses(ids, targets))
     loss.mean().backward()
     assert all(p.grad is not None for p in gpt.parameters())
+
+
+@pytest.mark.parametrize("pr", PRS)
+def test_shallow_recipe_is_one_graph(pr: str) -> None:
+    check_one_graph(randomize(GPT(shallow(pr))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pr", PRS)
+def test_recipe_is_one_graph(pr: str) -> None:
+    check_one_graph(randomize(GPT(tiny(pr))))
 
 
 def test_every_other_switch_is_one_graph() -> None:
@@ -73,7 +82,7 @@ def test_recipe_compiles_to_kernels(pr: str) -> None:
 
 
 def test_quantisation_aware_training_reaches_the_compiled_graph() -> None:
-    gpt = randomize(GPT(shallow("324"))).train()
+    gpt = randomize(GPT(shallow("324", num_layers=2))).train()
     ids, targets = batch()
     compiled = compiled_losses(gpt)
     plain = compiled(ids, targets)

@@ -1,4 +1,4 @@
-"""Fake quantisation against the references': weights used, outputs and straight-through gradients."""
+"""Fake quantisation against the references': weights used, outputs and gradients."""
 
 from collections.abc import Callable
 

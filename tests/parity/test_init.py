@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgl.model import GPT
-from tests.parity.recipes import PRS, RECIPES, unbank
+from tests.parity.recipes import PRS, RECIPES
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 

@@ -93,7 +93,7 @@ def test_exclusive_attention(golden: Golden) -> None:
     assert_close(out, arrays["out"])
     out.backward(torch.tensor(arrays["upstream_grad"]))
     assert_close(y.grad, arrays["grad_y"])
-    # A value of length ~1e-14 has a gradient of ~1e11 by construction: compare each vector's relative error.
+    # A value of length ~1e-14 has a gradient of ~1e11 by construction: compare relatively.
     expected = torch.tensor(arrays["grad_v"])
     error = (v.grad - expected).norm(dim=-1)
     assert (error <= 1e-5 * expected.norm(dim=-1) + 5e-6).all()

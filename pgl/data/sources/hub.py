@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub  # its sub-modules are imported where used: they bring in an HTTP client
 
 MAX_BACKOFF_SECONDS = 60.0
 
@@ -48,30 +48,28 @@ class HubFiles:
             ValueError: If repository, revision or file do not exist or are not accessible.
             DownloadError: If no attempt brought a good file.
         """
-        failure: Exception | None = None
+        afresh = False
         for attempt in range(self.attempts):
             if attempt > 0:
                 time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS))
             try:
-                # A file that failed its check may lie in huggingface_hub's own cache: pass it by.
-                staged = self._load(remote, afresh=isinstance(failure, ValueError))
-                self._accept(staged, destination, check)
-                return
-            except _final_errors() as error:
-                if not _is_transient(error):
-                    raise ValueError(
-                        f"{remote} of {self.repo_id} at {self.revision} cannot be had "
-                        f"({_first_line(error)}); check repo_id, revision and your access."
-                    ) from error
-                failure = error
+                staged = self._load(remote, afresh)
             except Exception as error:
                 # Which class stands for a lost connection differs between versions of the hub's
-                # client, so everything is worth another attempt; the last error is shown.
-                failure = error
-        assert failure is not None
+                # client, so everything but a plain "no" is worth another attempt.
+                self._raise_if_final(remote, error)
+                failure, reason = error, _root_cause(error)
+                continue
+            try:
+                self._accept(staged, destination, check)
+                return
+            except ValueError as error:
+                # The bad file may lie in huggingface_hub's own cache too: pass that by.
+                afresh = True
+                failure, reason = error, str(error).partition(";")[0]
         raise DownloadError(
             f"{remote} of {self.repo_id} could not be fetched in {self.attempts} attempts "
-            f"({_first_line(failure)}); run again, finished files are kept."
+            f"({reason}); run again, finished files are kept."
         ) from failure
 
     def _load(self, remote: str, afresh: bool) -> Path:
@@ -84,6 +82,22 @@ class HubFiles:
             force_download=afresh,
         )
         return Path(path)
+
+    def _raise_if_final(self, remote: str, error: Exception) -> None:
+        from huggingface_hub import errors
+
+        final = (
+            errors.EntryNotFoundError,
+            errors.RepositoryNotFoundError,
+            errors.RevisionNotFoundError,
+            errors.HFValidationError,
+        )
+        # "Not found locally" is what the client says of a host that does not answer.
+        if isinstance(error, final) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise ValueError(
+                f"{remote} of {self.repo_id} at {self.revision} cannot be had "
+                f"({_first_line(error)}); check repo_id, revision and your access."
+            ) from error
 
     def _accept(self, staged: Path, destination: Path, check: Callable[[Path], object]) -> None:
         try:
@@ -100,32 +114,23 @@ class HubFiles:
 @contextmanager
 def hub_progress_hidden() -> Iterator[None]:
     """Hide huggingface_hub's bar for each file, which would write over ours."""
-    was_hidden = huggingface_hub.utils.are_progress_bars_disabled()
-    huggingface_hub.utils.disable_progress_bars()
+    from huggingface_hub import utils
+
+    was_hidden = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
         if not was_hidden:
-            huggingface_hub.utils.enable_progress_bars()
+            utils.enable_progress_bars()
 
 
-def _final_errors() -> tuple[type[Exception], ...]:
-    # Imported late: this brings in an HTTP client, which nobody else needs.
-    from huggingface_hub import errors
-
-    return (
-        errors.EntryNotFoundError,
-        errors.RepositoryNotFoundError,
-        errors.RevisionNotFoundError,
-        errors.HFValidationError,
-    )
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
 
 
-def _is_transient(error: Exception) -> bool:
-    # "Not found here" is what the client says of a host that does not answer.
-    return isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError)
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants, file_download
 
 Fault = Literal["empty", "short", "head_503", "get_503", "dies"]
 
@@ -16,7 +16,8 @@ Fault = Literal["empty", "short", "head_503", "get_503", "dies"]
 class HubServer(ThreadingHTTPServer):
     """Serves ``files`` of one data set repository and misbehaves as ``faults`` say, in order.
 
-    ``empty`` and ``short``: the stored file itself is damaged, its announced length agrees.
+    ``empty`` and ``short``: the stored file itself is damaged, so the length that HEAD announces
+    agrees with what GET sends after it (the client may not even ask for an empty one).
     ``head_503``, ``get_503``: the service is unavailable. ``dies``: the connection breaks midway.
     """
 
@@ -27,6 +28,7 @@ class HubServer(ThreadingHTTPServer):
         self.repo_id = repo_id
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self.announced: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.ranges: list[str] = []
         self.lock = threading.Lock()
@@ -36,10 +38,6 @@ class HubServer(ThreadingHTTPServer):
             if self.faults[name] and self.faults[name][0] in kinds:
                 return self.faults[name].popleft()
         return None
-
-    def next_fault(self, name: str) -> Fault | None:
-        with self.lock:
-            return self.faults[name][0] if self.faults[name] else None
 
     def gets(self) -> list[str]:
         return [name for method, name in self.requests if method == "GET"]
@@ -58,18 +56,23 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         if self.server.take_fault(name, "head_503"):
             self._refuse(503)
-        else:
-            self._headers(200, name, self._content(name, self.server.next_fault(name)))
+            return
+        content = self.server.files[name]
+        damage = self.server.take_fault(name, "empty", "short")
+        if damage is not None:
+            content = b"" if damage == "empty" else content[: len(content) // 2]
+        self.server.announced[name] = content
+        self._headers(200, name, content)
 
     def do_GET(self) -> None:
         name = self._name()
         if name is None:
             return
-        fault = self.server.take_fault(name, "empty", "short", "get_503", "dies")
+        fault = self.server.take_fault(name, "get_503", "dies")
         if fault == "get_503":
             self._refuse(503)
             return
-        content = self._content(name, fault)
+        content = self.server.announced[name]
         start = 0
         if "Range" in self.headers:
             self.server.ranges.append(self.headers["Range"])
@@ -94,10 +97,6 @@ class HubHandler(BaseHTTPRequestHandler):
             return None
         return name
 
-    def _content(self, name: str, fault: Fault | None) -> bytes:
-        content = self.server.files[name]
-        return {"empty": b"", "short": content[: len(content) // 2]}.get(str(fault), content)
-
     def _headers(self, status: int, name: str, content: bytes, start: int = 0) -> None:
         self.send_response(status)
         self.send_header("X-Repo-Commit", "0" * 40)
@@ -121,13 +120,15 @@ class HubHandler(BaseHTTPRequestHandler):
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
     """A running server that huggingface_hub takes for the hub."""
     server = HubServer("someone/golf")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    constants = huggingface_hub.constants
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template)
+    for module in (constants, file_download):  # older versions have a copy in the second
+        monkeypatch.setattr(
+            module, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template, raising=False
+        )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     # The client pauses a second before it takes up a broken connection again.
     monkeypatch.setattr("time.sleep", lambda seconds: None)

@@ -1,0 +1,146 @@
+import contextlib
+import random
+import time
+import zlib
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgl.artifact.entropy import decode, encode
+from pgl.artifact.errors import CodecError
+from pgl.artifact.rans import TOTAL, normalise
+
+
+def gaussian(rows, columns, deviation, seed=0, columns_too=None):
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(rows, columns)) * np.broadcast_to(deviation, rows)[:, None]
+    if columns_too is not None:
+        w = w * columns_too
+    return np.clip(np.rint(w * 31), -31, 31).astype(np.int8)
+
+
+def round_trip(*matrices):
+    data = b"".join(matrix.tobytes() for matrix in matrices)
+    layout = [matrix.shape for matrix in matrices]
+    packed = encode(data, layout)
+    assert decode(packed, len(data), layout) == data
+    assert encode(data, layout) == packed
+    return packed
+
+
+def entropy_bits(codes):
+    counts = np.bincount(codes.ravel().astype(np.int64) + 128)
+    p = counts[counts > 0] / codes.size
+    return -(p * np.log2(p)).sum()
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=4),
+    low=st.integers(-128, 127),
+    span=st.integers(1, 256),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_round_trip_of_any_codes(shapes, low, span, seed):
+    rng = np.random.default_rng(seed)
+    high = min(low + span, 128)
+    round_trip(*[rng.integers(low, high, shape).astype(np.int8) for shape in shapes])
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        np.zeros((0, 5), np.int8),
+        np.zeros((1, 1), np.int8),
+        np.zeros((300, 200), np.int8),
+        np.full((4, 4), -128, np.int8),
+        np.array([[-128, 127]], np.int8),
+        np.arange(-128, 128, dtype=np.int8)[None].repeat(300, 0),
+        np.eye(500, dtype=np.int8) * 127,
+    ],
+)
+def test_round_trip_of_corner_cases(matrix):
+    round_trip(matrix)
+
+
+def test_several_lanes_and_a_ragged_last_step():
+    for size in (16_384 * 3 - 1, 16_384 * 3, 16_384 * 3 + 1, 16_384 * 3 + 2):
+        round_trip(gaussian(1, size, 0.1))
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.1, 0.2])
+def test_close_to_the_entropy(deviation):
+    codes = gaussian(1024, 512, deviation)
+    bits = 8 * len(round_trip(codes)) / codes.size
+    assert bits < entropy_bits(codes) + 0.02
+
+
+def test_rows_and_columns_of_other_spread_pay():
+    rng = np.random.default_rng(1)
+    rows = np.exp(rng.uniform(np.log(0.05), np.log(0.2), 1024))
+    columns = np.exp(rng.uniform(np.log(0.5), np.log(2), 512))
+    by_row = gaussian(1024, 512, rows)
+    data = by_row.tobytes()
+    zstd = len(zstandard.ZstdCompressor(level=22).compress(data))
+    assert len(round_trip(by_row)) < 0.96 * zstd
+    assert len(round_trip(by_row)) < entropy_bits(by_row) * by_row.size / 8 * 0.97
+    by_both = gaussian(1024, 512, rows, columns_too=columns)
+    shuffled = np.random.default_rng(2).permuted(by_both, axis=1)
+    assert len(round_trip(by_both)) < 0.97 * len(round_trip(shuffled))
+
+
+def test_damage_is_noticed():
+    codes = gaussian(64, 64, 0.1)
+    data, layout = codes.tobytes(), [codes.shape]
+    packed = encode(data, layout)
+    rng = random.Random(0)
+    for _ in range(300):
+        broken = bytearray(packed)
+        broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        # A flip that still decodes to something is left to the stream's checksum.
+        with contextlib.suppress(CodecError):
+            assert len(decode(bytes(broken), len(data), layout)) == len(data)
+    for kept in range(0, len(packed), 7):
+        with pytest.raises(CodecError):
+            decode(packed[:kept], len(data), layout)
+    with pytest.raises(CodecError):
+        decode(packed + b"\0\0", len(data), layout)
+
+
+def test_another_layout_is_refused():
+    codes = gaussian(8, 8, 0.1)
+    packed = encode(codes.tobytes(), [(8, 8)])
+    with pytest.raises(CodecError):
+        decode(packed, 64, [(8, 9)])
+    with pytest.raises(CodecError):
+        decode(packed, 72, [(8, 9)])
+    with pytest.raises(CodecError):
+        decode(b"x", 0, [(0, 9)])
+
+
+@given(
+    counts=st.lists(st.integers(0, 10**7), min_size=1, max_size=256).filter(any),
+)
+@settings(max_examples=60, deadline=None)
+def test_frequencies_sum_up_and_keep_every_symbol(counts):
+    counts = np.array(counts, dtype=np.int64)
+    frequency = normalise(counts)
+    assert frequency.sum(dtype=np.int64) == TOTAL
+    assert ((frequency > 0) == (counts > 0)).all()
+
+
+@pytest.mark.slow
+def test_a_whole_model_decodes_in_seconds():
+    rng = np.random.default_rng(1)
+    rows = np.exp(rng.uniform(np.log(0.05), np.log(0.2), 50_688))
+    codes = gaussian(50_688, 512, rows)
+    data = codes.tobytes()
+    packed = encode(data, [(512, 512)] * 99)
+    start = time.process_time()
+    decoded = decode(packed, len(data), [(512, 512)] * 99)
+    assert time.process_time() - start < 5
+    assert zlib.crc32(decoded) == zlib.crc32(data)
+    assert decoded == data

@@ -1,0 +1,170 @@
+"""The whole path: train, average, quantise, pack, read back, score, report; and resume."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from callbacks import (
+    GPTQExport,
+    RunCheckpoint,
+    SlidingWindowBPB,
+    TrainingMetrics,
+    WallClockBudget,
+    WeightAveraging,
+)
+from pgl.artifact import is_artifact
+from pgl.module import GolfModule
+from pgl.trainer import GolfTrainer
+
+
+@pytest.fixture
+def finished(golf_run):
+    return golf_run()
+
+
+def test_a_run_leaves_exactly_these_files(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {name for name in names if "tfevents" not in name} == {
+        "hparams.yaml",
+        "last.ckpt",
+        "model.pgl",
+        "report.json",
+        "report.md",
+    }
+    assert sum("tfevents" in name for name in names) == 1
+
+
+def test_the_report_says_what_happened(finished):
+    report = json.loads((finished.folder / "report.json").read_text())
+    assert report["training"]["steps"] == 6
+    assert report["training"]["tokens"] == 6 * 256
+    stages = [(score["weights"], score["windows"]) for score in report["scores"]]
+    assert stages == [
+        ("raw", "chunked"),
+        ("ema", "chunked"),
+        ("quantised", "chunked"),
+        ("quantised", "sliding"),
+    ]
+    assert {score["tokens"] for score in report["scores"]} == {399}
+    assert report["artifact"]["total_bytes"] == (finished.folder / "model.pgl").stat().st_size
+    counting = [n for n, phase in report["budget"]["phases"].items() if phase["counts"]]
+    assert counting == ["train"]
+    assert len(report["data"]["tokenizer_sha256"]) == 64
+    markdown = (finished.folder / "report.md").read_text()
+    assert f"{report['scores'][-1]['bpb']:.6f}" in markdown
+
+
+def test_validate_scores_the_artifact_as_the_run_did(finished, golf_run):
+    again = golf_run("again", fit=False)
+    score = again.trainer.validate(
+        again.module, datamodule=again.data, ckpt_path=finished.folder / "model.pgl", verbose=False
+    )
+    reported = finished.callback(SlidingWindowBPB).scores[-1].bpb
+    assert score[0]["val/bpb"] == pytest.approx(reported, rel=1e-9)
+
+
+def test_validate_scores_the_average_of_a_checkpoint(finished, golf_run):
+    again = golf_run("again", fit=False, validation=SlidingWindowBPB(stride_tokens=32))
+    again.trainer.validate(
+        again.module, datamodule=again.data, ckpt_path=finished.folder / "last.ckpt", verbose=False
+    )
+    ema = finished.callback(SlidingWindowBPB).scores[1]
+    assert ema.weights == "ema"
+    assert float(again.module.last_score["bpb"]) == pytest.approx(ema.bpb, rel=1e-9)
+
+
+def test_a_checkpoint_holds_plain_values_and_rebuilds_the_module(finished):
+    path = finished.folder / "last.ckpt"
+    torch.load(path, weights_only=True)
+    module = GolfModule.load_from_checkpoint(path, weights_only=True)
+    assert module.gpt_config == finished.module.gpt_config
+
+
+def test_resuming_an_interrupted_run_gives_the_same_result(golf_run):
+    whole = golf_run("whole")
+    part = golf_run("part", extra=(StopAfter(3),), checkpoint=RunCheckpoint(every_steps=3))
+    assert part.trainer.global_step == 3
+    resumed = golf_run("resumed", ckpt_path=part.folder / "last.ckpt")
+    assert resumed.trainer.global_step == 6
+    assert_same_state(whole, resumed)
+
+
+def test_resuming_a_run_that_crashed_before_export_exports(golf_run):
+    whole = golf_run("whole")
+    (whole.folder / "model.pgl").rename(whole.folder / "kept.pgl")
+    resumed = golf_run("resumed", ckpt_path=whole.folder / "last.ckpt")
+    assert resumed.trainer.global_step == 6
+    assert (resumed.folder / "model.pgl").read_bytes()[:100] == (
+        whole.folder / "kept.pgl"
+    ).read_bytes()[:100]
+    assert_same_state(whole, resumed)
+
+
+def test_time_already_used_stays_used(golf_run):
+    budget = WallClockBudget(seconds=1000, steps=2, warmup_steps=0)
+    first = golf_run("first", budget=budget)
+    used = first.callback(WallClockBudget).elapsed
+    again = WallClockBudget(seconds=1000, steps=4, warmup_steps=0)
+    golf_run("second", budget=again, ckpt_path=first.folder / "last.ckpt")
+    assert used > 0
+    assert again.elapsed > used
+
+
+def test_an_artifact_cannot_be_resumed_from(finished, golf_run):
+    with pytest.raises(ValueError, match=r"model\.pgl is an artifact.*last\.ckpt"):
+        golf_run("again", ckpt_path=finished.folder / "model.pgl")
+
+
+def test_export_makes_the_artifact_of_a_checkpoint(finished, golf_run, tmp_path, capsys):
+    again = golf_run("again", fit=False)
+    assert isinstance(again.trainer, GolfTrainer)
+    out = tmp_path / "exported.pgl"
+    again.trainer.export(again.module, again.data, finished.folder / "last.ckpt", str(out))
+    assert is_artifact(out)
+    assert "total" in capsys.readouterr().out
+    exported = again.callback(GPTQExport).exported
+    for name, weight in finished.callback(GPTQExport).exported.state_dict.items():
+        torch.testing.assert_close(exported.state_dict[name], weight, rtol=0, atol=0)
+
+
+def test_warm_up_leaves_no_trace(golf_run):
+    cold = golf_run("cold")
+    warm = golf_run("warm", budget=WallClockBudget(seconds=None, steps=6, warmup_steps=2))
+    assert_same_state(cold, warm)
+
+
+class StopAfter(Callback):
+    """Ends a run early, as a crash right after a checkpoint would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def assert_same_state(expected, actual):
+    """Weights, optimizer, averages and counters are equal bit for bit."""
+    torch.testing.assert_close(
+        actual.module.state_dict(), expected.module.state_dict(), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        actual.trainer.optimizers[0].state_dict()["state"],
+        expected.trainer.optimizers[0].state_dict()["state"],
+        rtol=0,
+        atol=0,
+    )
+    torch.testing.assert_close(
+        actual.callback(WeightAveraging).state_dict(),
+        expected.callback(WeightAveraging).state_dict(),
+        rtol=0,
+        atol=0,
+    )
+    assert actual.callback(TrainingMetrics).clipped_steps == (
+        expected.callback(TrainingMetrics).clipped_steps
+    )
+    scores = [score.bpb for score in expected.callback(SlidingWindowBPB).scores]
+    assert [score.bpb for score in actual.callback(SlidingWindowBPB).scores] == scores
