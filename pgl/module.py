@@ -85,6 +85,8 @@ class GolfModule(pl.LightningModule):
         table: ByteTable | None = getattr(data, "byte_table", None)
         if table is not None and stage != "predict":
             self.bits_per_byte = BitsPerByte(table)
+        # Before compilation: a backend that cannot run here is refused with a reason.
+        self.gpt.prepare_attention(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
             self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
             self._score = torch.compile(score_batch, fullgraph=True, dynamic=False)
@@ -92,7 +94,8 @@ class GolfModule(pl.LightningModule):
     @override
     def training_step(self, tokens_ST1: Tensor, batch_idx: int) -> Tensor:
         """Return the mean loss of one micro-batch."""
-        ids_ST, targets_ST = tokens_ST1[:, :-1], tokens_ST1[:, 1:].long()
+        # Contiguous, so that all micro-batches have the strides that the graph was compiled for.
+        ids_ST, targets_ST = tokens_ST1[:, :-1].contiguous(), tokens_ST1[:, 1:].long()
         loss = self._training_loss(self.gpt, ids_ST, targets_ST, self.loss_config, self.mile_gamma)
         self.step_losses.append(loss.detach())
         return loss

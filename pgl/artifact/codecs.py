@@ -9,8 +9,6 @@ import lzma
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import zstandard
-
 from pgl.artifact import entropy
 from pgl.artifact.entropy import Layout
 from pgl.artifact.errors import CodecError
@@ -19,6 +17,12 @@ try:
     import brotli
 except ImportError:
     brotli = None
+try:
+    import zstandard
+except ImportError:  # whoever reads an artifact with the source inside it may do without
+    zstandard = None
+
+_PACKAGES = {"zstd": "zstandard", "brotli": "brotli >= 1.2"}
 
 _ZSTD_LEVEL = 22
 _ZSTD_MAX_WINDOW_BYTES = 1 << 27
@@ -76,8 +80,8 @@ def codec_for(name: str, is_codes: bool) -> str:
 
 
 def _codec(name: str) -> Codec:
-    if name == "brotli" and name not in CODECS:
-        raise ValueError('codec "brotli" needs the package brotli >= 1.2: install it')
+    if name in _PACKAGES and name not in CODECS:
+        raise ValueError(f'codec "{name}" needs the package {_PACKAGES[name]}: install it')
     if name not in CODECS:
         raise ValueError(f'codec "{name}" is unknown: choose one of {", ".join(CODECS)}')
     return CODECS[name]
@@ -143,9 +147,10 @@ def _brotli_decompress(data: bytes, num_bytes: int, layout: Layout) -> bytes:
 
 
 CODECS: dict[str, Codec] = {
-    "zstd": Codec(_zstd_compress, _zstd_decompress),
     "lzma": Codec(_lzma_compress, _lzma_decompress),
     "rans": Codec(entropy.encode, entropy.decode, codes_only=True),
 }
+if zstandard is not None:
+    CODECS["zstd"] = Codec(_zstd_compress, _zstd_decompress)
 if brotli is not None and hasattr(brotli.Decompressor, "can_accept_more_data"):
     CODECS["brotli"] = Codec(_brotli_compress, _brotli_decompress)

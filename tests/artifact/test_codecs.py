@@ -93,10 +93,11 @@ def test_unknown_codecs_are_named():
         decompress("gzip", b"", 0)
 
 
-def test_missing_brotli_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(codecs.CODECS, "brotli", raising=False)
-    with pytest.raises(ValueError, match="install"):
-        compress("brotli", b"")
+@pytest.mark.parametrize(("codec", "package"), [("brotli", "brotli"), ("zstd", "zstandard")])
+def test_a_missing_package_is_named(monkeypatch, codec, package):
+    monkeypatch.delitem(codecs.CODECS, codec, raising=False)
+    with pytest.raises(ValueError, match=f"needs the package {package}.*install"):
+        compress(codec, b"")
 
 
 def test_settings_are_the_strongest():

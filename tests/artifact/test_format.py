@@ -75,6 +75,7 @@ def test_python_runs_it(path):
     assert done.stdout.strip() == describe(str(path))
     assert "tokenizer_sha256: 4f5e" in done.stdout
     assert "--ckpt_path" in done.stdout
+    assert "numpy and zstandard" in done.stdout
     assert f"{os.path.getsize(path):,} bytes" in done.stdout
 
 

@@ -64,6 +64,8 @@ class BuildSettings:
     """Characters of training text that the tokenizer is trained on, about; more is sampled down."""
     threads: int
     """Threads that encode. Any number gives the same files."""
+    more_documents: str
+    """What a user can do to have more documents, for the message that there are too few."""
 
 
 def hash_fraction(text: str, salt: str = "") -> float:
@@ -146,7 +148,7 @@ def _build(directory: Path, documents: Documents, settings: BuildSettings) -> No
         for document in progress.track(documents(), total=None, description="reading text"):
             characters[_split(document)] += len(document.text)
             counted += 1
-        _check_splits(characters, counted)
+        _check_splits(characters, counted, settings.more_documents)
 
         sample = _tokenizer_texts(documents, settings.tokenizer_characters / characters["train"])
         tracked = progress.track(sample, total=None, description="training the tokenizer")
@@ -169,12 +171,12 @@ def _build(directory: Path, documents: Documents, settings: BuildSettings) -> No
         file.write(json.dumps(manifest, indent=1).encode())
 
 
-def _check_splits(characters: dict[str, int], documents: int) -> None:
+def _check_splits(characters: dict[str, int], documents: int, more_documents: str) -> None:
     for split, advice in (("train", "lower"), ("val", "raise")):
         if characters[split] == 0:
             raise ValueError(
                 f"none of the {documents} documents falls into the {split} split; "
-                f"give more documents or {advice} val_fraction."
+                f"{more_documents} or {advice} val_fraction."
             )
 
 

@@ -81,6 +81,7 @@ class Stdlib(Source):
             shard_tokens=10_000_000,
             tokenizer_characters=100_000_000,
             threads=os.cpu_count() or 1,
+            more_documents="give more modules",
         )
 
     def prepare(self) -> None:

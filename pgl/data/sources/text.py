@@ -80,6 +80,7 @@ class Text(Source):
             shard_tokens=shard_tokens,
             tokenizer_characters=tokenizer_characters,
             threads=workers or os.cpu_count() or 1,
+            more_documents="give more files, set document_separator to cut .txt files up,",
         )
 
     def prepare(self) -> None:

@@ -212,6 +212,13 @@ def test_missing_repository_is_not_tried_again(stocked, tmp_path):
     assert len(stocked.requests) == 1
 
 
+def test_host_that_does_not_answer(stocked, tmp_path):
+    stocked.shutdown()
+    stocked.server_close()
+    with pytest.raises(DownloadError, match=r"manifest\.json .* in 3 attempts"):
+        source(tmp_path).prepare()
+
+
 def test_missing_file_is_not_tried_again(stocked, tmp_path):
     del stocked.files[VAL]
     with pytest.raises(
