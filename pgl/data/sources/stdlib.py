@@ -113,11 +113,9 @@ class Stdlib(Source):
         }
         return self.cache_dir / fingerprint(self._files.values(), settings)
 
-    def _documents(self) -> list[Document]:
-        return [
-            Document(text, held_out=hash_fraction(name) < self.val_fraction)
-            for name, text in self._texts
-        ]
+    def _documents(self) -> Iterator[Document]:
+        for name, text in self._texts:
+            yield Document(text, held_out=hash_fraction(name) < self.val_fraction)
 
     @cached_property
     def _texts(self) -> list[tuple[str, str]]:
