@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from pgl.evaluate import BitsPerByte, ByteTable, WindowBatch, score_batch
@@ -66,6 +67,8 @@ class GolfModule(pl.LightningModule):
         self.generation = GenerationConfig()
         self.step_losses: list[Tensor] = []
         self.lr_scale = 1.0
+        self.mile_has_ended = False
+        """Whether MiLe's gamma has fallen to 0 with the learning rate."""
         self.last_score: dict[str, Tensor] = {}
         """What the last validation scored: bpb, loss, tokens, bytes."""
         self.register_buffer("mile_gamma", torch.zeros(()), persistent=False)
@@ -85,6 +88,11 @@ class GolfModule(pl.LightningModule):
         table: ByteTable | None = getattr(data, "byte_table", None)
         if table is not None and stage != "predict":
             self.bits_per_byte = BitsPerByte(table)
+        # Every rank fills its buffers with the same values; DDP would broadcast them before each
+        # forward pass, and gloo cannot broadcast the byte table's int16.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [name for name, _ in self.named_buffers()]
+        )
         # Before compilation: a backend that cannot run here is refused with a reason.
         self.gpt.prepare_attention(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
@@ -97,6 +105,8 @@ class GolfModule(pl.LightningModule):
         # Contiguous, so that all micro-batches have the strides that the graph was compiled for.
         ids_ST, targets_ST = tokens_ST1[:, :-1].contiguous(), tokens_ST1[:, 1:].long()
         loss = self._training_loss(self.gpt, ids_ST, targets_ST, self.loss_config, self.mile_gamma)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_losses.clear()
         self.step_losses.append(loss.detach())
         return loss
 
@@ -181,7 +191,6 @@ class GolfModule(pl.LightningModule):
         Args:
             progress: Where the run stands at the start of an optimizer step.
         """
-        self.step_losses.clear()
         self.lr_scale = lr_scale(progress, self.schedule_config)
         momentum = muon_momentum(progress, self.schedule_config)
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -191,7 +200,9 @@ class GolfModule(pl.LightningModule):
             if group["kind"] == "muon":
                 group["momentum"] = momentum
         if self.loss_config.mile_gamma > 0:
-            self.mile_gamma.fill_(mile_gamma(self.lr_scale, self.loss_config.mile_gamma))
+            gamma = mile_gamma(self.lr_scale, self.loss_config.mile_gamma)
+            self.mile_gamma.fill_(gamma)
+            self.mile_has_ended = gamma == 0
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values."""
@@ -207,9 +218,9 @@ class GolfModule(pl.LightningModule):
         assert self.bits_per_byte is not None
         score = self.last_score = self.bits_per_byte.compute()
         self.bits_per_byte.reset()
-        # The metric has already summed over the ranks, so every rank logs the same value.
-        self.log(f"{split}/bpb", score["bpb"], prog_bar=True, rank_zero_only=False)
-        self.log(f"{split}/loss", score["loss"])
+        # The metric has already summed over the ranks: they all log the same value, and its mean.
+        self.log(f"{split}/bpb", score["bpb"], prog_bar=True, sync_dist=True)
+        self.log(f"{split}/loss", score["loss"], sync_dist=True)
 
     def _align_batch_progress(self, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches. Another world size has other micro-batches, and a step
@@ -220,12 +231,11 @@ class GolfModule(pl.LightningModule):
         micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in ("total", "current"):
             progress = loops["epoch_loop.batch_progress"][counts]
-            for event in ("ready", "started", "processed"):
-                behind = progress["ready"] - progress[event]
-                progress[event] = micro_batches - behind
-            progress["completed"] = progress["processed"] - (
-                1 if progress["completed"] < progress["processed"] else 0
-            )
+            # Saved by a hook of the last micro-batch, or after it: Lightning tells them apart.
+            in_hook = progress["completed"] < progress["processed"]
+            for event in ("ready", "started", "processed", "completed"):
+                progress[event] = micro_batches
+            progress["completed"] -= in_hook
 
 
 @torch.no_grad()
