@@ -17,6 +17,7 @@ from callbacks.run_folder import run_folder
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
 from pgl.artifact import SizeReport, load, save
+from pgl.artifact.codecs import codec_for
 from pgl.collectives import on_rank_zero
 from pgl.quant import (
     QuantConfig,
@@ -83,6 +84,7 @@ class GPTQExport(Callback):
             raise ValueError(
                 f"artifact.calibration_sequences must be at least 1, got {calibration_sequences}"
             )
+        codec_for(codec, is_codes=True)  # refused now, not after the training
         self.quant = quant
         self.codec = codec
         self.limit_bytes = limit_bytes

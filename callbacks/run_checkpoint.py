@@ -1,14 +1,18 @@
 """One file from which the run can go on, always whole, always the newest."""
 
 import os
-from datetime import timedelta
+import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from callbacks.find import find_callback
 from callbacks.run_folder import run_folder
+from callbacks.wall_clock_budget import WallClockBudget
+from pgl.signals import defer_signals, stop_error
 
 FILE_NAME = "last"
 
@@ -20,13 +24,24 @@ class RunCheckpoint(ModelCheckpoint):
     moment leaves the previous one. It is written once more at the end of training, before weights
     are quantised, so that a crash during export costs no training time.
 
+    After SIGTERM (exit status 143) or Ctrl-C (exit status 1) on any rank the run finishes its
+    optimizer step (and the validation before it, if one is under way), saves and ends; a second
+    Ctrl-C does not wait. Before the first step and after the last one a signal ends the run at
+    once: there is nothing to save that is not in the file.
+    Any other error saves nothing, since it may have struck in the middle of a step.
+
+    Note:
+        It saves between optimizer steps only, when all ranks agree without asking each other:
+        Lightning's ``train_time_interval`` would wait for a broadcast in each micro-batch.
+
     Example::
 
         Trainer(callbacks=[RunCheckpoint(every_seconds=60)])
 
     Args:
         every_steps: Optimizer steps between checkpoints. None: no checkpoints by steps.
-        every_seconds: Seconds between checkpoints. None: no checkpoints by time.
+        every_seconds: Training seconds between checkpoints, as
+            :class:`callbacks.WallClockBudget` counts them. None: no checkpoints by time.
 
     Raises:
         ValueError: If both intervals are given, or one is not positive.
@@ -40,15 +55,16 @@ class RunCheckpoint(ModelCheckpoint):
         for name, value in (("every_steps", every_steps), ("every_seconds", every_seconds)):
             if value is not None and value <= 0:
                 raise ValueError(f"checkpoint.{name} must be positive or null, got {value}")
-        interval = None if every_seconds is None else timedelta(seconds=every_seconds)
         super().__init__(
             filename=FILE_NAME,
             every_n_train_steps=every_steps,
-            train_time_interval=interval,
-            every_n_epochs=0 if every_steps is None and interval is None else None,
+            every_n_epochs=0 if every_steps is None else None,
             enable_version_counter=False,
             save_top_k=1,
         )
+        self.every_steps = every_steps
+        self.every_seconds = every_seconds
+        self._saved_at_seconds = 0.0
 
     @property
     @override
@@ -60,10 +76,59 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a run begins: put the file into the run's folder."""
         self.dirpath = os.fspath(run_folder(trainer))
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            # The folder is shared with the logger and the artifact on purpose.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whichever folder it lies in."""
+        with warnings.catch_warnings():
+            # A resumed run has a folder of its own.
+            warnings.filterwarnings("ignore", "The dirpath has changed")
+            super().load_state_dict(state_dict)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins: from now on signals wait for the end of a step."""
+        super().on_train_start(trainer, pl_module)
+        self._saved_at_seconds = find_callback(trainer, WallClockBudget).elapsed
+        defer_signals(trainer, True)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Called after a micro-batch: save once a step is complete, if it is time or the last."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        budget = find_callback(trainer, WallClockBudget)
+        due = budget.stop_signal or self._due(trainer.global_step, budget.elapsed)
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._saved_at_seconds = budget.elapsed
+        if budget.stop_signal:
+            raise stop_error(budget.stop_signal)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the last step is done: keep it before anything else happens."""
         path = Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}"
         trainer.save_checkpoint(path, weights_only=False)
+        defer_signals(trainer, False)
+        signum = find_callback(trainer, WallClockBudget).agree_on_stop(trainer)
+        if signum:
+            raise stop_error(signum)
+
+    def _due(self, step: int, elapsed_seconds: float) -> bool:
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        if self.every_seconds is not None:
+            return elapsed_seconds - self._saved_at_seconds >= self.every_seconds
+        return False

@@ -17,7 +17,11 @@ def techniques(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[
     """
     rows = [_row(name, setting, "every step") for name, setting in _architecture(pl_module)]
     optimizer, schedule = pl_module.optimizer_config, pl_module.schedule_config
-    rows.append(_row("Muon weight decay", optimizer.muon_weight_decay, "every step"))
+    decays = {
+        "Muon weight decay": optimizer.muon_weight_decay,
+        "AdamW weight decay": optimizer.adam_weight_decay,
+    }
+    rows += [_row(name, decay, "every step") for name, decay in decays.items() if decay > 0]
     if optimizer.grad_clip_norm is not None:
         clipped = find_callback(trainer, TrainingMetrics).clipped_steps
         rows.append(
@@ -36,7 +40,10 @@ def techniques(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[
         )
     )
     if pl_module.loss_config.mile_gamma > 0:
-        rows.append(_row("MiLe loss", pl_module.loss_config.mile_gamma, "while gamma > 0"))
+        acted = "from step 0"
+        if budget.mile_end_step is not None:
+            acted += f" until step {budget.mile_end_step:,}"
+        rows.append(_row("MiLe loss", pl_module.loss_config.mile_gamma, acted))
     for name, state in find_callback(trainer, WeightAveraging).report().items():
         if isinstance(state, dict):
             acted = f"{state['updates']:,} updates, {_since(state['first_update_step'])}"

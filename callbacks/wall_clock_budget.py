@@ -1,15 +1,16 @@
 """Train for a fixed time, count only the time that counts, and let every schedule follow it."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from typing_extensions import override
 
 from pgl.optim import Progress
 from pgl.phases import PhaseTimer
+from pgl.signals import requested_signal
 from pgl.warm_up import warm_up
 
 
@@ -30,7 +31,8 @@ class WallClockBudget(Callback):
 
     Note:
         Ranks share two numbers per step through a CPU process group, so that no rank waits for its
-        GPU to learn them.
+        GPU to learn them: rank 0's clock, and whether any rank got SIGTERM or Ctrl-C
+        (:class:`pgl.signals.StopSignals`).
 
     Example::
 
@@ -73,7 +75,11 @@ class WallClockBudget(Callback):
         self.warmup_steps = warmup_steps
         self.phases = PhaseTimer()
         self.elapsed = 0.0
+        self.stop_signal = 0
+        """Number of the signal that ends the run after this step, on all ranks; 0 for none."""
         self.warmdown_start_step: int | None = None
+        self.mile_end_step: int | None = None
+        """First step whose loss was plain cross-entropy because MiLe's gamma had fallen to 0."""
         self._control_group: torch.distributed.ProcessGroup | None = None
         self._step_events: list[torch.cuda.Event] = []
         self.running = False
@@ -121,6 +127,8 @@ class WallClockBudget(Callback):
             pl_module.apply_progress(self.progress)
             if pl_module.lr_scale < 1 and self.warmdown_start_step is None:
                 self.warmdown_start_step = trainer.global_step
+            if pl_module.mile_has_ended and self.mile_end_step is None:
+                self.mile_end_step = trainer.global_step
 
     @override
     def on_train_batch_end(
@@ -155,7 +163,7 @@ class WallClockBudget(Callback):
         self.phases.stop("train")
         self.running = False
         self._step_events.clear()
-        self.elapsed = self.phases.seconds("train")
+        self._agree(trainer, self.phases.seconds("train"))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +171,7 @@ class WallClockBudget(Callback):
         return {
             "phases": self.phases.state_dict(),
             "warmdown_start_step": self.warmdown_start_step,
+            "mile_end_step": self.mile_end_step,
         }
 
     @override
@@ -170,6 +179,7 @@ class WallClockBudget(Callback):
         """Continue with the time that is left."""
         self.phases.load_state_dict(state_dict["phases"])
         self.warmdown_start_step = state_dict["warmdown_start_step"]
+        self.mile_end_step = state_dict["mile_end_step"]
 
     def pause(self, phase: str, pl_module: pl.LightningModule) -> None:
         """Stop counting; what follows is booked under ``phase``."""
@@ -181,6 +191,11 @@ class WallClockBudget(Callback):
         _synchronize(pl_module)
         self.phases.stop(phase)
         self._step_events.clear()
+
+    def agree_on_stop(self, trainer: pl.Trainer) -> int:
+        """Ask all ranks whether one got a signal since the last step. All ranks call it."""
+        self._agree(trainer, self.elapsed)
+        return self.stop_signal
 
     def report(self) -> dict[str, Any]:
         """Return the phases with their seconds and whether they count."""
@@ -204,19 +219,23 @@ class WallClockBudget(Callback):
 
     def _update(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        elapsed = self.phases.seconds("train") + self._seconds_in_flight(step)
-        self.elapsed = self._rank_zero_value(elapsed)
+        self._agree(trainer, self.phases.seconds("train") + self._seconds_in_flight(step))
         self.progress = self._progress(step)
         out_of_time = self.seconds is not None and self.elapsed >= self.training_seconds
         if out_of_time or (self.steps is not None and step >= self.steps):
             trainer.should_stop = True
 
-    def _rank_zero_value(self, value: float) -> float:
-        if self._control_group is None:
-            return value
-        tensor: Tensor = torch.tensor(value, dtype=torch.float64)
-        torch.distributed.broadcast(tensor, src=0, group=self._control_group)
-        return float(tensor)
+    def _agree(self, trainer: pl.Trainer, elapsed: float) -> None:
+        """Take rank 0's clock, and the signal that any rank got, in one exchange on the CPU."""
+        signum = requested_signal(trainer)
+        if self._control_group is not None:
+            clock = elapsed if trainer.is_global_zero else -math.inf
+            shared = torch.tensor([clock, signum], dtype=torch.float64)
+            torch.distributed.all_reduce(
+                shared, torch.distributed.ReduceOp.MAX, group=self._control_group
+            )
+            elapsed, signum = shared[0].item(), int(shared[1])
+        self.elapsed, self.stop_signal = elapsed, signum
 
     def _keep_host_near_device(self, device: torch.device) -> None:
         if device.type != "cuda":

@@ -132,7 +132,7 @@ class WeightAveraging(Callback):
         """Called when training begins: an EMA over the whole run starts from the first weights."""
         self._steps_seen = trainer.global_step
         if self.ema is not None and self.ema.start_fraction == 0 and trainer.global_step == 0:
-            self.averages["ema"].update(dict(pl_module.gpt.named_parameters()))
+            self._update("ema", 0, pl_module)
 
     @override
     def on_train_batch_end(

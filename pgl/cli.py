@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +48,10 @@ TRAINER_DEFAULTS = {
 
 
 class GolfParser(LightningArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and that takes no abbreviation for an option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -133,6 +137,8 @@ def with_saved_hyperparameters(arguments: list[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user end with one line and exit status 2."""
+    # Lightning's own call, which torch 2.13 deprecates: nothing that a user could change.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     try:
         GolfCLI(
             GolfModule,

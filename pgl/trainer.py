@@ -11,6 +11,7 @@ from callbacks.gptq_export import GPTQExport
 from callbacks.wall_clock_budget import WallClockBudget
 from pgl.artifact import is_artifact
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
+from pgl.signals import take_over_signals
 
 
 class GolfTrainer(pl.Trainer):
@@ -28,6 +29,8 @@ class GolfTrainer(pl.Trainer):
     ) -> None:
         """Train, average, quantise, pack and score a model; resume with --ckpt_path.
 
+        SIGTERM and Ctrl-C end the run after the current step, with a checkpoint.
+
         Args:
             model: The module to train.
             train_dataloaders: Not used: the data module has the loaders.
@@ -41,6 +44,7 @@ class GolfTrainer(pl.Trainer):
                 f"--ckpt_path {ckpt_path} is an artifact, which has no optimizer state to resume "
                 "from: give the run's last.ckpt"
             )
+        take_over_signals(self)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def export(

@@ -1,7 +1,7 @@
 """One LightningDataModule for every source of tokens."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +9,7 @@ import numpy as np
 import sentencepiece
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from pgl.data.shards import check_tokens, read_shard
@@ -118,10 +118,12 @@ class TokenDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     @override
-    def predict_dataloader(self) -> Iterable[Tensor]:
+    def predict_dataloader(self) -> DataLoader:
         """Return the encoded prompts set by :meth:`set_prompts`, one (T,) tensor each."""
         bos = self.tokenizer.bos_id()
-        return [torch.tensor([bos, *self.tokenizer.encode(text)]) for text in self.prompts]
+        prompts = [torch.tensor([bos, *self.tokenizer.encode(text)]) for text in self.prompts]
+        # Lightning takes a bare list for a list of loaders, one for each prompt.
+        return DataLoader(prompts, batch_size=None)
 
     def set_prompts(self, prompts: list[str]) -> None:
         """Choose the texts that ``predict`` continues."""

@@ -1,0 +1,106 @@
+"""The report's rows: what is on and when it acted, nothing that is off; strict JSON."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from callbacks import (
+    EMAConfig,
+    RunReport,
+    SnapshotConfig,
+    TrainingMetrics,
+    WallClockBudget,
+    WeightAveraging,
+)
+from callbacks.techniques import techniques
+from pgl.model import GPTConfig
+from pgl.module import GolfModule
+from pgl.objective import LossConfig
+from pgl.optim import OptimizerConfig
+
+SIZE = {"vocab_size": 64, "num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1}
+
+
+def rows(module, averaging=None, **budget_state):
+    budget, metrics = WallClockBudget(seconds=None, steps=9), TrainingMetrics()
+    vars(budget).update(budget_state)
+    metrics.load_state_dict({"clipped_steps": 3})
+    averaging = averaging or WeightAveraging(None, source="raw")
+    averaging.setup(None, module, "fit")
+    trainer = SimpleNamespace(callbacks=[budget, metrics, averaging], global_step=9)
+    return {row["technique"]: row for row in techniques(trainer, module)}
+
+
+def test_what_is_off_is_not_listed():
+    gpt = GPTConfig(
+        **SIZE, unet_skips=False, resid_mix=False, tie_embeddings=False, logit_softcap=30.0
+    )
+    optimizer = OptimizerConfig(muon_weight_decay=0, adam_weight_decay=0, grad_clip_norm=None)
+    assert set(rows(GolfModule(gpt, optimizer))) == {"learning-rate warmdown", "logit softcap"}
+
+
+def test_what_is_on_is_listed_with_when_it_acted():
+    gpt = GPTConfig(
+        **SIZE,
+        smear_gate=True,
+        bigram_buckets=32,
+        bigram_dim=8,
+        value_embedding_layers=[2, 3],
+        value_embedding_dim=8,
+        xsa_last_layers=2,
+        ln_scale=True,
+        rope_dims=4,
+        init="orthogonal",
+    )
+    module = GolfModule(
+        gpt,
+        OptimizerConfig(muon_weight_decay=0.04, adam_weight_decay=0.01, grad_clip_norm=0.3),
+        loss=LossConfig(mile_gamma=1.1),
+    )
+    averaging = WeightAveraging(EMAConfig(), SnapshotConfig())
+    table = rows(module, averaging, warmdown_start_step=1234, mile_end_step=7)
+    assert {
+        "U-Net skips",
+        "residual mix with x0",
+        "SmearGate",
+        "BigramHash",
+        "value embeddings",
+        "XSA",
+        "LN scale",
+        "partial RoPE",
+        "orthogonal init",
+        "tied embeddings",
+    } <= set(table)
+    assert table["Muon weight decay"]["setting"] == "0.04"
+    assert table["AdamW weight decay"]["setting"] == "0.01"
+    assert table["gradient clipping"]["acted"] == "in 3 of 9 steps"
+    assert table["learning-rate warmdown"]["acted"] == "from step 1,234"
+    assert table["MiLe loss"]["acted"] == "from step 0 until step 7"
+    assert table["weight averaging: swa"]["acted"] == "0 updates, never"
+    assert rows(module)["MiLe loss"]["acted"] == "from step 0"
+    assert rows(module)["learning-rate warmdown"]["acted"] == "never"
+
+
+def test_the_report_of_a_run_is_strict_json(golf_run, capsys):
+    run = golf_run(
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
+        averaging=WeightAveraging(None, source="raw"),
+    )
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    text = (run.folder / "report.json").read_text()
+    report = json.loads(text, parse_constant=refuse)
+    assert report["name"] == "run"
+    assert [score["weights"] for score in report["scores"]] == ["raw", "quantised", "quantised"]
+    assert report["averaging"] == {"source": "raw"}
+    assert not [row for row in report["techniques"] if "averaging" in row["technique"]]
+    assert f"{report['scores'][-1]['bpb']:.6f} bits/byte" in capsys.readouterr().out
+
+
+def test_only_rank_zero_writes(tmp_path):
+    trainer = SimpleNamespace(log_dir=tmp_path, is_global_zero=False)
+    RunReport().on_train_end(trainer, None)
+    assert not list(tmp_path.iterdir())

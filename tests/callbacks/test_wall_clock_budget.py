@@ -1,0 +1,198 @@
+"""The budget on a clock that the test moves: what counts, when training stops, what follows it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from callbacks import RunCheckpoint, SlidingWindowBPB, WallClockBudget, WeightAveraging
+from pgl.model import GPTConfig
+from pgl.module import GolfModule
+from pgl.objective import LossConfig
+from pgl.optim import Progress, ScheduleConfig
+from pgl.phases import PhaseTimer
+
+SCHEDULE = ScheduleConfig(
+    warmdown_steps=None,
+    warmdown_fraction=1.0,
+    momentum_start=0.8,
+    momentum_end=0.9,
+    momentum_warmup_steps=None,
+    momentum_warmup_fraction=0.5,
+)
+
+
+class Clock(Callback):
+    """A step of four micro-batches takes one second; validating 100, saving 1000."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.seen: list[dict] = []
+        self.at_validation: list[float] = []
+
+    def __call__(self) -> float:
+        return self.time
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.time += 0.25
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % 4 == 0:
+            optimizer = trainer.optimizers[0]
+            self.seen.append(
+                {
+                    "scale": pl_module.lr_scale,
+                    "lr": [g["lr"] / g["initial_lr"] for g in optimizer.param_groups],
+                    "momentum": [
+                        g["momentum"] for g in optimizer.param_groups if g["kind"] == "muon"
+                    ],
+                }
+            )
+
+    def on_validation_start(self, trainer, pl_module):
+        self.time += 100.0
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.time += 1000.0
+
+
+def budget_on(clock, **settings):
+    budget = WallClockBudget(**settings)
+    budget.phases = PhaseTimer(clock)
+    return budget
+
+
+def test_it_stops_by_seconds_and_schedules_follow(golf_run, tiny_gpt, monkeypatch):
+    clock = Clock()
+
+    def slow_warm_up(trainer, module, steps):
+        assert steps == 2
+        clock.time += 5000.0
+
+    monkeypatch.setattr("callbacks.wall_clock_budget.warm_up", slow_warm_up)
+    budget = budget_on(clock, seconds=6.0, reserve_seconds=2.5, warmup_steps=2)
+    run = golf_run(
+        budget=budget,
+        module=GolfModule(tiny_gpt, schedule=SCHEDULE),
+        validation=SlidingWindowBPB(stride_tokens=32, every_n_steps=2),
+        checkpoint=RunCheckpoint(every_steps=1),
+        extra=(clock,),
+    )
+    # The first step at or past 6 - 2.5 seconds; overshoot is less than a step.
+    assert run.trainer.global_step == 4
+    assert budget.elapsed == pytest.approx(4.0)
+    assert 0 <= budget.elapsed - budget.training_seconds < 1.0
+    phases = budget.report()["phases"]
+    assert phases["train"] == {"seconds": 4.0, "counts": True}
+    assert phases["compile and warm-up"] == {"seconds": 5000.0, "counts": False}
+    assert phases["validation"] == {"seconds": 200.0, "counts": False}
+    assert phases["checkpoint"]["seconds"] >= 4000.0
+    assert not phases["checkpoint"]["counts"]
+    # Step n starts with n seconds used: the learning rate falls over all 3.5 seconds.
+    expected = [1 - step / 3.5 for step in range(4)]
+    assert [seen["scale"] for seen in clock.seen] == pytest.approx(expected)
+    for seen, scale in zip(clock.seen, expected, strict=True):
+        assert seen["lr"] == pytest.approx([scale] * 3)
+    momenta = [seen["momentum"] for seen in clock.seen]
+    assert momenta == [[pytest.approx(0.8 + 0.1 * min(step / 1.75, 1.0))] for step in range(4)]
+    assert budget.warmdown_start_step == 1
+
+
+def test_it_stops_at_steps_whatever_the_clock_says(golf_run):
+    run = golf_run(budget=WallClockBudget(seconds=1000.0, steps=2, warmup_steps=0))
+    assert run.trainer.global_step == 2
+    budget = run.callback(WallClockBudget)
+    assert budget.report()["budget_steps"] == 2
+    assert budget.warmdown_start_step is None or budget.warmdown_start_step < 2
+
+
+def setup(budget, **trainer):
+    trainer = {"max_steps": -1, "world_size": 1, "global_step": 0, **trainer}
+    budget.setup(SimpleNamespace(**trainer), None, "fit")
+    return budget
+
+
+def test_max_steps_of_the_trainer_is_the_budget_without_seconds():
+    budget = setup(WallClockBudget(seconds=None), max_steps=40, global_step=10)
+    assert budget.steps == 40
+    assert budget.fraction == 0.25
+
+
+def test_own_steps_win_over_max_steps():
+    assert setup(WallClockBudget(seconds=None, steps=7), max_steps=40).steps == 7
+
+
+def test_a_budget_without_an_end_is_refused():
+    with pytest.raises(ValueError, match=r"budget\.steps"):
+        setup(WallClockBudget(seconds=None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"seconds": 0}, "budget.seconds"),
+        ({"seconds": -1.0}, "budget.seconds"),
+        ({"steps": 0}, "budget.steps"),
+        ({"seconds": 10, "reserve_seconds": 10}, "budget.reserve_seconds"),
+        ({"reserve_seconds": -1}, "budget.reserve_seconds"),
+        ({"warmup_steps": -1}, "budget.warmup_steps"),
+    ],
+)
+def test_bad_numbers_are_refused(settings, name):
+    with pytest.raises(ValueError, match=name):
+        WallClockBudget(**settings)
+
+
+def test_used_time_and_events_survive_a_checkpoint():
+    clock = Clock()
+    before = budget_on(clock, seconds=100.0)
+    before.phases.start("train", counts=True)
+    clock.time = 30.0
+    before.warmdown_start_step, before.mile_end_step = 5, 9
+    after = budget_on(clock, seconds=100.0)
+    after.load_state_dict(before.state_dict())
+    after.phases.start("train", counts=True)
+    clock.time = 32.0
+    assert after.phases.seconds("train") == pytest.approx(32.0)
+    assert (after.warmdown_start_step, after.mile_end_step) == (5, 9)
+
+
+def test_mile_reports_when_it_ended():
+    budget = WallClockBudget(seconds=None, steps=10)
+    module = SimpleNamespace(lr_scale=1.0, mile_has_ended=False, apply_progress=lambda _: None)
+    budget.progress = None
+    for step in range(10):
+        module.mile_has_ended = step >= 7
+        trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=step)
+        budget.on_train_batch_start(trainer, module, None, step)
+    assert budget.mile_end_step == 7
+
+
+def test_warm_up_steps_really_run(golf_run, monkeypatch):
+    seen = []
+    step = GolfModule.training_step
+
+    def counted(self, tokens, batch_idx):
+        seen.append(tokens.shape)
+        return step(self, tokens, batch_idx)
+
+    monkeypatch.setattr(GolfModule, "training_step", counted)
+    golf_run(
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=3),
+        averaging=WeightAveraging(None, source="raw"),
+    )
+    assert seen == [torch.Size([2, 33])] * (3 + 4)
+
+
+def test_the_module_knows_when_mile_has_ended(monkeypatch):
+    gpt = GPTConfig(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1)
+    module = GolfModule(gpt, schedule=SCHEDULE, loss=LossConfig(mile_gamma=1.1))
+    optimizer = module.configure_optimizers()
+    monkeypatch.setattr(module, "optimizers", lambda use_pl_optimizer: optimizer)
+    module.apply_progress(Progress(50, 5.0, 10.0, None))
+    assert not module.mile_has_ended
+    assert float(module.mile_gamma) == pytest.approx(1.1 * (0.5 - 0.15) / 0.85)
+    module.apply_progress(Progress(90, 9.0, 10.0, None))
+    assert module.mile_has_ended
+    assert float(module.mile_gamma) == 0.0

@@ -1,0 +1,185 @@
+"""Averages against hand-made ones and against Lightning's own; what is exported and saved."""
+
+from types import SimpleNamespace
+
+import lightning.pytorch.callbacks as lightning_callbacks
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.swa_utils import get_ema_avg_fn
+
+from callbacks import EMAConfig, GPTQExport, SnapshotConfig, WallClockBudget, WeightAveraging
+from callbacks.weight_averaging import ema_decay
+from pgl.module import GolfModule
+from pgl.optim import Progress, ScheduleConfig
+
+
+class Weights(Callback):
+    """Keeps the raw weights before the first and after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict] = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.after.append(snapshot(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == len(self.after):
+            self.after.append(snapshot(pl_module))
+
+
+class LightningsAverage(lightning_callbacks.WeightAveraging):
+    """Lightning's average from step 3 on, which leaves the model and the checkpoint alone."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return step_idx is not None and step_idx >= 2
+
+    def _nothing(self, *arguments): ...
+
+    def setup(self, trainer, pl_module, stage): ...
+
+    def on_train_start(self, trainer, pl_module):
+        super().setup(trainer, pl_module, "fit")  # later, when the module has all its buffers
+
+    on_train_end = on_validation_epoch_start = on_validation_epoch_end = _nothing
+    on_save_checkpoint = _nothing
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.gpt.named_parameters()}
+
+
+def mean(snapshots):
+    return {name: torch.stack([s[name] for s in snapshots]).mean(0) for name in snapshots[0]}
+
+
+def test_averages_are_the_hand_made_ones_and_the_source_is_exported(golf_run, tiny_gpt):
+    weights = Weights()
+    averaging = WeightAveraging(
+        EMAConfig(decay=0.5),
+        SnapshotConfig(every_steps=1, start_scale=2.0, keep=2),
+        source="swa",
+    )
+    module = GolfModule(tiny_gpt, schedule=ScheduleConfig(warmdown_steps=0))
+    run = golf_run(module=module, averaging=averaging, extra=(weights,))
+    assert len(weights.after) == 7
+    ema = weights.after[0]
+    for after in weights.after[1:]:
+        ema = {name: 0.5 * ema[name] + 0.5 * after[name] for name in ema}
+    close(averaging.averages["ema"].average(), ema)
+    last_two = mean(weights.after[-2:])
+    close(averaging.averages["swa"].average(), last_two)
+    assert averaging.report() == {
+        "source": "swa",
+        "ema": {"updates": 7, "first_update_step": 0},
+        "swa": {"updates": 6, "first_update_step": 1},
+    }
+    exported = run.callback(GPTQExport).exported.state_dict
+    difference = max(float((exported[n] - last_two[n]).abs().max()) for n in exported)
+    distance = max(float((exported[n] - weights.after[-1][n]).abs().max()) for n in exported)
+    assert difference < 1e-3 < distance
+    checkpoint = torch.load(run.folder / "last.ckpt", weights_only=True)
+    for name in last_two:
+        saved = checkpoint["state_dict"][f"gpt.{name}"]
+        torch.testing.assert_close(saved, last_two[name])
+        raw = checkpoint["current_model_state"][f"gpt.{name}"]
+        torch.testing.assert_close(raw, weights.after[-1][name], rtol=0, atol=0)
+
+
+def test_late_averages_agree_with_lightning_and_start_on_time(golf_run, tiny_gpt):
+    weights = Weights()
+    oracle = LightningsAverage(use_buffers=False, avg_fn=get_ema_avg_fn(0.7))
+    averaging = WeightAveraging(
+        EMAConfig(decay=0.7, start_fraction=0.5),
+        SnapshotConfig(every_steps=2, start_scale=0.9, count_from="zero"),
+        source="raw",
+        device="cpu",
+    )
+    # Scale 1 for steps 0 to 3, then 2/3 and 1/3: the even one of those, step 4, is taken.
+    module = GolfModule(tiny_gpt, schedule=ScheduleConfig(warmdown_steps=3))
+    run = golf_run(module=module, averaging=averaging, extra=(weights, oracle))
+    lightnings = oracle._average_model.module.gpt.named_parameters()
+    close(averaging.averages["ema"].average(), {name: p.detach() for name, p in lightnings})
+    close(averaging.averages["swa"].average(), weights.after[5])
+    assert averaging.report()["ema"] == {"updates": 4, "first_update_step": 3}
+    assert averaging.report()["swa"] == {"updates": 1, "first_update_step": 5}
+    assert {average.device for average in averaging.averages.values()} == {"cpu"}
+    exported = run.callback(GPTQExport).exported.state_dict
+    for name, weight in weights.after[-1].items():
+        torch.testing.assert_close(exported[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def close(actual, expected):
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_never_started_warns_and_gives_the_raw_weights(tiny_gpt):
+    averaging = WeightAveraging(ema=None, swa=SnapshotConfig(), source="swa")
+    module = GolfModule(tiny_gpt)
+    averaging.setup(None, module, "fit")
+    with pytest.warns(UserWarning, match=r"averaging\.swa was never updated.*raw weights"):
+        averaging.on_train_end(None, module)
+    weights = averaging.source_weights(module)
+    for name, parameter in module.gpt.named_parameters():
+        assert weights[name].data_ptr() == parameter.data_ptr()
+    assert averaging.report()["swa"] == {"updates": 0, "first_update_step": None}
+
+
+def test_the_horizon_is_a_share_of_the_expected_steps():
+    progress = Progress(step=50, elapsed_seconds=5.0, budget_seconds=10.0, max_steps=None)
+    assert ema_decay(progress, EMAConfig(decay=0.5)) == 0.5
+    assert ema_decay(progress, EMAConfig(decay=0.5, horizon_fraction=0.1)) == pytest.approx(0.9)
+    assert ema_decay(progress, EMAConfig(horizon_fraction=0.001)) == 0.0
+
+
+def test_the_horizon_acts_on_the_average(tiny_gpt):
+    averaging = WeightAveraging(EMAConfig(horizon_fraction=0.4))
+    module = GolfModule(tiny_gpt)
+    budget = WallClockBudget(seconds=None, steps=10)
+    trainer = SimpleNamespace(callbacks=[budget], global_step=0)
+    averaging.setup(trainer, module, "fit")
+    averaging.on_train_start(trainer, module)
+    before = snapshot(module)
+    with torch.no_grad():
+        module.gpt.tok_emb.weight += 1.0
+    trainer.global_step = 1
+    budget.progress = Progress(1, 0.0, None, 10)
+    averaging.on_train_batch_end(trainer, module, None, None, 3)
+    averaging.on_train_batch_end(trainer, module, None, None, 4)  # same step: nothing happens
+    # A horizon of 4 steps: a quarter of the new weights.
+    average = averaging.averages["ema"].average()["tok_emb.weight"]
+    torch.testing.assert_close(average, before["tok_emb.weight"] + 0.25)
+
+
+def test_resuming_training_goes_on_from_the_raw_weights(tiny_gpt):
+    module, averaging = GolfModule(tiny_gpt), WeightAveraging()
+    raw = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+    checkpoint = {"state_dict": module.state_dict(), "current_model_state": raw}
+    for fn, is_raw in ((TrainerFn.VALIDATING, False), (TrainerFn.FITTING, True)):
+        trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
+        averaging.on_load_checkpoint(trainer, module, checkpoint)
+        assert bool((module.gpt.tok_emb.weight == 0).all()) == is_raw
+
+
+@pytest.mark.parametrize("source", ["ema", "swa"])
+def test_a_source_that_is_off_is_refused(source):
+    with pytest.raises(ValueError, match=f"source is {source}.*averaging.{source} is off"):
+        WeightAveraging(ema=None, swa=None, source=source)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "name"),
+    [
+        (EMAConfig, {"decay": 1.0}, "decay"),
+        (EMAConfig, {"horizon_fraction": 0.0}, "horizon_fraction"),
+        (EMAConfig, {"start_fraction": 1.0}, "start_fraction"),
+        (SnapshotConfig, {"every_steps": 0}, "every_steps"),
+        (SnapshotConfig, {"start_scale": 0.0}, "start_scale"),
+        (SnapshotConfig, {"keep": 0}, "keep"),
+    ],
+)
+def test_bad_settings_are_refused(config, settings, name):
+    with pytest.raises(ValueError, match=name):
+        config(**settings)

@@ -1,0 +1,139 @@
+"""The data module: accumulation, refusals, the audit, calibration and what it says of itself."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+
+from pgl.data import TokenDataModule
+from pgl.evaluate import WindowLoader
+from pgl.module import GolfModule
+
+
+def attach(data, world_size=1, rank=0, accumulate=1, step=0):
+    data.trainer = SimpleNamespace(
+        world_size=world_size,
+        global_rank=rank,
+        accumulate_grad_batches=accumulate,
+        global_step=step,
+    )
+    return data.trainer
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_follows_from_batch_micro_batch_and_world(tiny_data, world_size, accumulate):
+    trainer = attach(tiny_data, world_size)
+    tiny_data.setup("fit")
+    assert trainer.accumulate_grad_batches == accumulate
+    assert tiny_data.layout.accumulate == accumulate
+    assert next(iter(tiny_data.train_dataloader())).shape == (2, 33)
+
+
+def test_an_impossible_split_is_refused_with_the_numbers(tiny_data):
+    attach(tiny_data, world_size=3)
+    with pytest.raises(ValueError, match=r"batch_tokens=256 cannot be split evenly over 3 devices"):
+        tiny_data.setup("fit")
+
+
+def test_another_accumulation_is_refused(tiny_data):
+    attach(tiny_data, accumulate=4)
+    tiny_data.setup("fit")  # the one that follows anyway
+    attach(tiny_data, accumulate=3)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=3 does not fit"):
+        tiny_data.setup("fit")
+
+
+def test_training_goes_on_from_the_step_of_the_trainer(tiny_data):
+    attach(tiny_data, step=5)
+    tiny_data.setup("fit")
+    tokens = next(iter(tiny_data.train_dataloader()))
+    expected = tiny_data.layout.read_micro_batch(tiny_data.stream, 5, 0)
+    assert (tokens.numpy() == expected).all()
+
+
+def test_another_vocabulary_than_the_models_is_refused(tiny_data, tiny_gpt):
+    tiny_data.setup("fit")
+    module = GolfModule(tiny_gpt.__class__(**{**vars(tiny_gpt), "vocab_size": 512}))
+    module._trainer = SimpleNamespace(datamodule=tiny_data)
+    with pytest.raises(ValueError, match=r"model\.gpt\.vocab_size=512 but .* has 320 tokens"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_the_byte_count_is_audited_before_anything_is_scored(tiny_data, monkeypatch, stage):
+    asked = []
+
+    def failing(table, tokenizer, tokens, max_tokens):
+        asked.append((len(tokens), max_tokens))
+        raise ValueError("the byte table is wrong")
+
+    monkeypatch.setattr("pgl.data.datamodule.audit_bytes", failing)
+    tiny_data.audit_tokens = 123
+    with pytest.raises(ValueError, match="byte table is wrong"):
+        tiny_data.setup(stage)
+    assert asked == [(400, 123)]
+
+
+def test_prediction_needs_no_validation_text(tiny_data, monkeypatch):
+    monkeypatch.setattr("pgl.data.datamodule.audit_bytes", None)
+    tiny_data.setup("predict")
+    tiny_data.set_prompts(["the file", "a"])
+    prompts = tiny_data.predict_dataloader()
+    assert [tiny_data.tokenizer.decode(ids.tolist()) for ids in prompts] == ["the file", "a"]
+    assert not hasattr(tiny_data, "val_tokens")
+
+
+def test_calibration_sequences_are_shared_out_once(tiny_data):
+    attach(tiny_data)
+    tiny_data.setup("fit")
+    whole = tiny_data.calibration_layout(6)
+    rows = [whole.read_micro_batch(tiny_data.stream, 0, i) for i in range(whole.accumulate)]
+    expected = {row.tobytes() for micro_batch in rows for row in micro_batch}
+    assert len(expected) == 6
+    shared = []
+    for rank in range(2):
+        attach(tiny_data, world_size=2, rank=rank, accumulate=2)
+        layout = tiny_data.calibration_layout(6)
+        for index in range(layout.accumulate):
+            micro_batch = layout.read_micro_batch(tiny_data.stream, 0, index)
+            shared += [row.tobytes() for row in micro_batch]
+    assert len(shared) == 6
+    assert set(shared) == expected
+    with pytest.raises(ValueError, match=r"calibration_sequences=7 must be a multiple of the 2"):
+        tiny_data.calibration_layout(7)
+
+
+def test_it_says_what_the_data_are(tiny_data):
+    tiny_data.setup("fit")
+    said = tiny_data.describe()
+    paths = [*tiny_data.corpus.train_shards, *tiny_data.corpus.val_shards]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert {**said["train_shards"], **said["val_shards"]} == hashes
+    tokenizer = tiny_data.corpus.tokenizer_path.read_bytes()
+    assert said["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
+    assert said["val_targets"] == 399
+    assert said["train_tokens"] == tiny_data.stream.total_tokens > 10_000
+
+
+def test_validation_windows_can_be_replaced(tiny_data):
+    tiny_data.setup("validate")
+    loader = tiny_data.val_dataloader()
+    assert (loader.seq_len, loader.stride) == (32, 32)
+    other = WindowLoader(tiny_data.val_tokens, seq_len=16, stride=4)
+    tiny_data.val_windows = lambda: other
+    assert tiny_data.val_dataloader() is tiny_data.test_dataloader() is other
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"val_batch_windows": 0}, "val_batch_windows"),
+        ({"max_val_tokens": 1}, "max_val_tokens"),
+        ({"seq_len": 0}, "seq_len"),
+        ({"seq_len": 100}, "batch_tokens"),
+        ({"micro_batch_tokens": 1000}, "micro_batch_tokens"),
+    ],
+)
+def test_bad_settings_are_refused(tiny_corpus, settings, name):
+    with pytest.raises(ValueError, match=f"data.{name}"):
+        TokenDataModule(tiny_corpus, **settings)

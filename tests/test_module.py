@@ -1,0 +1,151 @@
+"""The LightningModule: its loss, weights on loan, checkpoints of other formats and layouts."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from callbacks import WallClockBudget
+from pgl.generate import GenerationConfig, generate
+from pgl.module import GolfModule
+from pgl.objective import LossConfig
+from pgl.optim import Progress, ScheduleConfig
+
+
+def batch(sequences=2, seq_len=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 320, (sequences, seq_len + 1), generator=generator, dtype=torch.int32)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(tiny_gpt):
+    module, tokens = GolfModule(tiny_gpt), batch()
+    loss = module.training_step(tokens, 0)
+    logits = module.gpt(tokens[:, :-1])
+    expected = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten().long())
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(module.step_losses[0], loss.detach())
+    assert not module.step_losses[0].requires_grad
+
+
+def test_mile_changes_the_loss_while_its_gamma_is_positive(tiny_gpt):
+    plain = GolfModule(tiny_gpt)
+    mile = GolfModule(tiny_gpt, loss=LossConfig(mile_gamma=1.1))
+    mile.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for module in (plain, mile):
+            module.gpt.tok_emb.weight.mul_(100)  # confident, so that the weights differ
+    mile.mile_gamma.fill_(1.1)
+    expected = plain.training_step(batch(), 0)
+    assert abs(float(mile.training_step(batch(), 0) - expected)) > 1e-3
+    mile.mile_gamma.fill_(0.0)
+    torch.testing.assert_close(mile.training_step(batch(), 0), expected)
+
+
+def test_progress_reaches_every_group(tiny_gpt, monkeypatch):
+    schedule = ScheduleConfig(
+        warmdown_steps=None,
+        warmdown_fraction=0.5,
+        momentum_start=0.8,
+        momentum_end=0.9,
+        momentum_warmup_steps=None,
+        momentum_warmup_fraction=0.5,
+    )
+    module = GolfModule(tiny_gpt, schedule=schedule)
+    optimizer = module.configure_optimizers()
+    monkeypatch.setattr(module, "optimizers", lambda use_pl_optimizer: optimizer)
+    initial = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert initial == {"embedding": 0.035, "matrix": 0.025, "scalar": 0.025}
+    module.step_losses.append(torch.zeros(()))
+    for elapsed, scale, momentum in ((2.0, 1.0, 0.84), (8.0, 0.4, 0.9)):
+        module.apply_progress(Progress(int(elapsed), elapsed, 10.0, None))
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(initial[group["name"]] * scale)
+            if group["kind"] == "muon":
+                assert group["momentum"] == pytest.approx(momentum)
+    assert not module.step_losses, "losses of the step before are still there"
+
+
+def test_weights_on_loan_are_given_back_even_after_an_error(tiny_gpt):
+    module, other = GolfModule(tiny_gpt), GolfModule(tiny_gpt)
+    own = {name: p.detach().clone() for name, p in module.gpt.named_parameters()}
+    weights = {name: p.detach() + 1 for name, p in other.gpt.named_parameters()}
+
+    def borrow():
+        with module.with_weights(weights):
+            for name, parameter in module.gpt.named_parameters():
+                assert torch.equal(parameter, weights[name])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        borrow()
+    for name, parameter in module.gpt.named_parameters():
+        assert torch.equal(parameter, own[name])
+    with pytest.raises(KeyError), module.with_weights({}):
+        pass
+    for name, parameter in module.gpt.named_parameters():
+        assert torch.equal(parameter, own[name])
+
+
+def test_predict_continues_the_prompt(tiny_gpt, tiny_data):
+    tiny_data.prepare_data()
+    tiny_data.setup("predict")
+    tiny_data.set_prompts(["the model"])
+    module = GolfModule(tiny_gpt).eval()
+    module.generation = GenerationConfig(max_new_tokens=5)
+    module._trainer = SimpleNamespace(datamodule=tiny_data)
+    (prompt,) = tiny_data.predict_dataloader()
+    assert int(prompt[0]) == tiny_data.tokenizer.bos_id()
+    text = module.predict_step(prompt, 0)
+    ids = generate(module.gpt, prompt, module.generation, context_len=tiny_data.seq_len)
+    assert text == tiny_data.tokenizer.decode(ids.tolist())
+    assert text.startswith("the model")
+    assert len(ids) == len(prompt) + 5
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tiny_gpt):
+    module = GolfModule(tiny_gpt)
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    checkpoint["pgl_format"] += 1
+    with pytest.raises(ValueError, match=r"format 2, this pgl reads up to 1: upgrade"):
+        module.on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_batch_progress_follows_the_accumulation_of_this_run(tiny_gpt, accumulate, in_hook):
+    module = GolfModule(tiny_gpt)
+    module._trainer = SimpleNamespace(accumulate_grad_batches=accumulate)
+    counts = dict.fromkeys(("ready", "started", "processed", "completed"), 20)
+    counts["completed"] -= in_hook
+    progress = {"total": dict(counts), "current": dict(counts)}
+    checkpoint = {"global_step": 5, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    module.on_load_checkpoint(checkpoint)
+    done = 5 * accumulate
+    expected = {
+        "ready": done,
+        "started": done,
+        "processed": done,
+        "completed": done - in_hook,
+    }
+    assert progress == {"total": expected, "current": expected}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_the_eager_one(golf_run, tiny_gpt):
+    runs = {}
+    for compile in (False, True):
+        torch.manual_seed(0)
+        runs[compile] = golf_run(
+            folder=f"compile_{compile}",
+            module=GolfModule(tiny_gpt, compile=compile),
+            budget=WallClockBudget(seconds=None, steps=2, warmup_steps=1),
+        )
+    module = runs[True].module
+    assert hasattr(module._training_loss, "_torchdynamo_orig_callable")
+    assert hasattr(module._score, "_torchdynamo_orig_callable")
+    assert set(module.state_dict()) == set(runs[False].module.state_dict())
+    for name, weight in runs[False].module.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], weight, rtol=1e-2, atol=1e-3)
