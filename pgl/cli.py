@@ -108,8 +108,18 @@ class GolfCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(plugins=[*plugins, GolfCheckpointIO()], **kwargs)
 
+    def before_validate(self) -> None:
+        """Refuse to score a model that was never trained."""
+        if self._get(self.config, "ckpt_path") is None:
+            raise ValueError(
+                f"pgl {self.subcommand} needs --ckpt_path: a checkpoint or an artifact"
+            )
+
+    before_test = before_validate
+
     def before_predict(self) -> None:
         """Hand the prompt to the data."""
+        self.before_validate()
         generation = self._get(self.config_init, "generation")
         self.datamodule.set_prompts([generation.prompt])
         self.model.generation = generation

@@ -36,6 +36,9 @@ from pgl.trainer import GolfTrainer
 
 C = TypeVar("C", bound=Callback)
 
+# The models are so small that handing work to a second thread costs more than it saves.
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("PGL_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
 TINY_VOCAB = 320
@@ -130,9 +133,7 @@ class Run:
 
 
 @pytest.fixture
-def golf_run(
-    tmp_path: Path, tiny_gpt: GPTConfig, tiny_data: TokenDataModule
-) -> Callable[..., Run]:
+def golf_run(tmp_path: Path, tiny_gpt: GPTConfig, tiny_data: TokenDataModule) -> Callable[..., Run]:
     """Make (and fit, unless ``fit=False``) a tiny run with all callbacks, in steps, on the CPU.
 
     Keyword arguments replace callbacks by their key on the command line, or go to the Trainer.
@@ -171,9 +172,7 @@ def golf_run(
             "devices": 1,
             **overrides,
         }
-        trainer = GolfTrainer(
-            callbacks=[*chosen, *extra], plugins=[GolfCheckpointIO()], **settings
-        )
+        trainer = GolfTrainer(callbacks=[*chosen, *extra], plugins=[GolfCheckpointIO()], **settings)
         if fit:
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return Run(trainer, module, data, tmp_path / folder)

@@ -222,3 +222,11 @@ def test_every_subcommand_has_help_and_takes_the_quickstart(subcommand, capsys):
     config = printed(capsys, subcommand, *QUICKSTART, *ckpt)
     recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     assert config["model"]["gpt"]["num_layers"] == recipe["model"]["gpt"]["num_layers"] != 9
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_nothing_is_scored_that_was_never_trained(subcommand, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand])
+    assert stop.value.code == 2
+    assert "needs --ckpt_path" in capsys.readouterr().err
