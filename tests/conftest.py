@@ -46,7 +46,7 @@ TINY_VOCAB = 320
 
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """Load one file of golden vectors, e.g. ``golden("xsa")``; skip where the directory is absent."""
+    """Load one file of golden vectors, e.g. ``golden("xsa")``; skip where it is absent."""
 
     def load(name: str) -> dict[str, np.ndarray]:
         path = GOLDEN / f"{name}.npz"

@@ -15,9 +15,13 @@ def test_file_appears_whole(tmp_path):
 
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_write(tmp_path / "x.bin") as file:
-        file.write(b"new")
-        raise RuntimeError
+    def fail():
+        with atomic_write(tmp_path / "x.bin") as file:
+            file.write(b"new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail()
     assert (tmp_path / "x.bin").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x.bin"]
 
