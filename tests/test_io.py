@@ -15,6 +15,7 @@ def test_file_appears_whole(tmp_path):
 
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"old")
+
     def fail():
         with atomic_write(tmp_path / "x.bin") as file:
             file.write(b"new")
