@@ -8,11 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from callbacks.find import find_callback
-from callbacks.progress import track
+from callbacks.progress import print_lines, track
 from callbacks.run_folder import run_folder
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
@@ -93,12 +94,29 @@ class GPTQExport(Callback):
         self.exported: Exported | None = None
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a run begins: calibration needs a part of the budget."""
+        if stage != "fit" or not self.quant.needs_hessians():
+            return
+        budget = find_callback(trainer, WallClockBudget)
+        if budget.seconds is not None and budget.reserve_seconds == 0:
+            rank_zero_warn(
+                "GPTQ will read training tokens after the budget is spent, which the challenge "
+                "does not allow: set budget.reserve_seconds to what calibration takes"
+            )
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends: export the weights that the averaging callback chose."""
         weights = find_callback(trainer, WeightAveraging).source_weights(pl_module)
         self.exported = self.export(
             trainer, pl_module, weights, run_folder(trainer) / self.file_name
         )
+        size = self.exported.size
+        print_lines(trainer, f"\n{size.table()}")
+        if trainer.logger is not None:
+            scalars = {"final/artifact_bytes": size.total_bytes}
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
     def export(
         self,
@@ -123,12 +141,15 @@ class GPTQExport(Callback):
         if self.quant.needs_hessians():
             with phases.measure("calibrate", counts=True):
                 hessians = self._calibrate(trainer, pl_module, weights)
+                if pl_module.device.type == "cuda":
+                    torch.cuda.synchronize(pl_module.device)
 
         def quantize_and_pack() -> Exported:
-            with track(trainer, "quantise", 1), phases.measure("quantise"):
+            with track(trainer, "quantise", 1) as advance, phases.measure("quantise"):
                 stored = quantize_state(weights, self.quant, hessians, device=pl_module.device)
                 errors = quantization_errors(weights, stored, hessians)
-            with track(trainer, "pack", 1), phases.measure("pack"):
+                advance()
+            with track(trainer, "pack", 1) as advance, phases.measure("pack"):
                 size = save(
                     path,
                     pl_module.gpt_config,
@@ -136,6 +157,7 @@ class GPTQExport(Callback):
                     metadata=self._metadata(trainer),
                     codec=self.codec,
                     limit_bytes=self.limit_bytes,
+                    on_progress=advance,
                 )
             with phases.measure("read back"):
                 return Exported(path, size, errors, load(path).state_dict)

@@ -158,6 +158,8 @@ class BudgetProgress(ProgressBar):
             return
         self._totals[description] = max(total, 1e-9)
         if not self._console.is_terminal:
+            self.print_lines(f"{description} ...")
+            self._last_line = time.monotonic()
             return
         if self._live is None:
             self._live = Progress(
@@ -192,6 +194,15 @@ class BudgetProgress(ProgressBar):
             if not self._tasks:
                 self._live.stop()
                 self._live = None
+
+
+def print_lines(trainer: pl.Trainer, text: str) -> None:
+    """Print text once, on rank 0, without tearing the Trainer's progress bar."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, BudgetProgress):
+        bar.print_lines(text)
+    elif trainer.is_global_zero:
+        print(text)
 
 
 @contextmanager

@@ -91,10 +91,14 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins: from now on signals wait for the end of a step."""
+        """Called when training begins: from now on signals wait for the end of a step.
+
+        A resumed run may have none left (the budget, which comes before, has looked): what follows
+        is export and scoring, where nobody would act on a signal that was only noted.
+        """
         super().on_train_start(trainer, pl_module)
         self._saved_at_seconds = find_callback(trainer, WallClockBudget).elapsed
-        defer_signals(trainer, True)
+        defer_signals(trainer, not trainer.should_stop)
 
     @override
     def on_train_batch_end(

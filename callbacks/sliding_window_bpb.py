@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
@@ -15,7 +14,7 @@ from callbacks.gptq_export import GPTQExport
 from callbacks.progress import track
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
-from pgl.evaluate import WindowLoader
+from pgl.evaluate import WindowLoader, evaluate_windows
 from pgl.evaluate.windows import Tail
 
 
@@ -123,7 +122,9 @@ class SlidingWindowBPB(Callback):
         data = trainer.datamodule
         averaging = find_callback(trainer, WeightAveraging)
         chunks = data.chunk_loader()
-        if self._validated_at_step == trainer.global_step:
+        whole = len(data.val_tokens) - 1
+        validated = self._validated_at_step == trainer.global_step
+        if validated and pl_module.last_score["tokens"] == whole:
             # Lightning has just validated these very weights, in chunks.
             self._keep(trainer, "raw", "chunked", pl_module.last_score)
         else:
@@ -136,9 +137,9 @@ class SlidingWindowBPB(Callback):
         if exported is not None:
             weights = exported.state_dict
             self._score(trainer, pl_module, weights, "quantised", chunks)
-            self._score(
-                trainer, pl_module, weights, "quantised", self.sliding_loader(trainer), sliding=True
-            )
+            if self.stride_tokens < (self.seq_len or data.seq_len):
+                sliding = self.sliding_loader(trainer)
+                self._score(trainer, pl_module, weights, "quantised", sliding, sliding=True)
 
     def sliding_loader(self, trainer: pl.Trainer) -> WindowLoader:
         """Return this rank's share of the sliding windows."""
@@ -166,8 +167,17 @@ class SlidingWindowBPB(Callback):
             phases.measure(f"score {name} {windows}"),
             track(trainer, f"score {name} {windows}", len(loader)) as advance,
             pl_module.with_weights(weights),
+            trainer.precision_plugin.val_step_context(),
         ):
-            result = self._run(trainer, pl_module, loader, advance)
+            result = evaluate_windows(
+                pl_module.gpt,
+                loader,
+                pl_module.bits_per_byte,
+                device=pl_module.device,
+                on_batch=lambda _: advance(),
+                score=pl_module.score_batch,
+            )
+            pl_module.bits_per_byte.reset()
         self._keep(trainer, name, windows, result)
 
     def _keep(
@@ -185,23 +195,3 @@ class SlidingWindowBPB(Callback):
         if trainer.logger is not None:
             key = f"final/bpb_{name}_{windows}"
             trainer.logger.log_metrics({key: score.bpb}, step=trainer.global_step)
-
-    @torch.no_grad()
-    def _run(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: WindowLoader, advance: Any
-    ) -> dict[str, Tensor]:
-        metric = pl_module.bits_per_byte
-        metric.reset()
-        was_training = pl_module.training
-        pl_module.eval()
-        try:
-            for batch in loader:
-                batch = trainer.strategy.batch_to_device(batch)
-                with trainer.precision_plugin.val_step_context():
-                    scores = pl_module.score(batch)
-                metric.update(*scores)
-                advance()
-            return metric.compute()
-        finally:
-            metric.reset()
-            pl_module.train(was_training)

@@ -1,7 +1,6 @@
 """TensorBoard curves of the training, without a wait for the device on steps that do not log."""
 
 import math
-import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,12 +20,16 @@ class TrainingMetrics(Callback):
 
     Every ``log_every_n_steps`` steps (a Trainer argument) one set of scalars is written against the
     optimizer step. Training and validation loss are also written against elapsed training seconds
-    (``by_seconds/``) and against millions of tokens (``by_mtokens/``), since runs on different
+    (``by_seconds/``) and against thousands of tokens (``by_ktokens/``), since runs on different
     hardware or batch sizes compare on those.
 
     Note:
-        The loss is the mean over all micro-batches and ranks of the step that logs. MiLe's loss is
+        Loss and BPB are those of all micro-batches and ranks of the step that logs. MiLe's loss is
         weighted by entropy; its BPB is then not comparable with validation BPB.
+
+    Note:
+        ``speed/tokens_per_second`` divides by training time alone: validation and the writing of
+        checkpoints are not part of it.
 
     Example::
 
@@ -37,6 +40,7 @@ class TrainingMetrics(Callback):
         self.last_loss: float | None = None
         self._since: tuple[float, int] | None = None
         self._clipped: Tensor | int = 0
+        self._bytes_per_token: list[Tensor] = []
 
     @property
     def clipped_steps(self) -> int:
@@ -53,25 +57,28 @@ class TrainingMetrics(Callback):
         batch_idx: int,
     ) -> None:
         """Called after a micro-batch: log when a step is complete and due."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        step_is_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_is_complete:
+            self._count_clipping(pl_module)
+        # Lightning has counted the step only behind its last micro-batch.
+        step = trainer.global_step + (not step_is_complete)
+        if step % trainer.log_every_n_steps:
             return
-        self._count_clipping(pl_module)
-        if trainer.global_step % trainer.log_every_n_steps:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._bytes_per_token.clear()
+        self._bytes_per_token.append(_bytes_per_token(pl_module, batch))
+        if not step_is_complete:
             return
-        loss = torch.stack(pl_module.step_losses).mean()
-        loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self.last_loss = loss.item()
+        # Micro-batches have the same number of tokens on all ranks: means of means are exact.
+        means = torch.stack(
+            [torch.stack(pl_module.step_losses).mean(), torch.stack(self._bytes_per_token).mean()]
+        )
+        self.last_loss, bytes_per_token = trainer.strategy.reduce(means, reduce_op="mean").tolist()
         metrics = {"train/loss": self.last_loss, **self._steering(pl_module)}
-        bytes_per_token = _bytes_per_token(pl_module, batch)
-        if bytes_per_token:
+        if bytes_per_token > 0:
             metrics["train/bpb"] = self.last_loss / math.log(2) / bytes_per_token
         metrics |= self._speed(trainer)
         _log(trainer, metrics, "train/loss")
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when validation begins: its time is not part of the training speed."""
-        self._since = None
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,15 +116,17 @@ class TrainingMetrics(Callback):
         return metrics
 
     def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
-        now, tokens = time.monotonic(), _tokens(trainer)
+        budget, tokens = find_callback(trainer, WallClockBudget), _tokens(trainer)
+        seconds = budget.phases.seconds("train")
         metrics = {
-            "budget/elapsed_seconds": find_callback(trainer, WallClockBudget).elapsed,
+            "budget/elapsed_seconds": budget.elapsed,
             "budget/mtokens": tokens / 1e6,
         }
         if self._since is not None:
-            seconds, tokens_before = self._since
-            metrics["speed/tokens_per_second"] = (tokens - tokens_before) / (now - seconds)
-        self._since = (now, tokens)
+            seconds_before, tokens_before = self._since
+            passed = max(seconds - seconds_before, 1e-9)
+            metrics["speed/tokens_per_second"] = (tokens - tokens_before) / passed
+        self._since = (seconds, tokens)
         return metrics
 
 
@@ -125,10 +134,11 @@ def _tokens(trainer: pl.Trainer) -> int:
     return trainer.global_step * trainer.datamodule.batch_tokens
 
 
-def _bytes_per_token(pl_module: pl.LightningModule, tokens_ST1: Tensor) -> float | None:
-    if pl_module.bits_per_byte is None:
-        return None
+def _bytes_per_token(pl_module: pl.LightningModule, tokens_ST1: Tensor) -> Tensor:
+    """Return the mean bytes of a micro-batch's targets, on its device; 0 without a byte table."""
     metric = pl_module.bits_per_byte
+    if metric is None:
+        return torch.zeros((), device=tokens_ST1.device)
     bytes_ST = target_bytes(
         metric.base_bytes_V,
         metric.has_leading_space_V,
@@ -136,7 +146,7 @@ def _bytes_per_token(pl_module: pl.LightningModule, tokens_ST1: Tensor) -> float
         tokens_ST1[:, :-1],
         tokens_ST1[:, 1:],
     )
-    return bytes_ST.sum().item() / bytes_ST.numel()
+    return bytes_ST.float().mean()
 
 
 def _log(trainer: pl.Trainer, metrics: dict[str, float], curve: str, by_step: bool = True) -> None:
@@ -146,5 +156,5 @@ def _log(trainer: pl.Trainer, metrics: dict[str, float], curve: str, by_step: bo
         trainer.logger.log_metrics(metrics, step=trainer.global_step)
     seconds = find_callback(trainer, WallClockBudget).elapsed
     trainer.logger.log_metrics({f"by_seconds/{curve}": metrics[curve]}, step=round(seconds))
-    mtokens = round(_tokens(trainer) / 1e6)
-    trainer.logger.log_metrics({f"by_mtokens/{curve}": metrics[curve]}, step=mtokens)
+    ktokens = _tokens(trainer) // 1000
+    trainer.logger.log_metrics({f"by_ktokens/{curve}": metrics[curve]}, step=ktokens)

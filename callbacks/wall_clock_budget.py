@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from pgl.optim import Progress
@@ -23,6 +24,8 @@ class WallClockBudget(Callback):
     ``seconds - reserve_seconds``.
 
     With ``seconds=None`` the budget is a number of optimizer steps, and so the same on any machine.
+    With both, schedules follow the seconds alone and the steps only cut the run short: one that
+    reaches its last step early ends before, or in the middle of, the warm-down. Setup warns of it.
 
     Note:
         On a GPU the host runs ahead of the device. The callback keeps it at most one step ahead by
@@ -40,8 +43,8 @@ class WallClockBudget(Callback):
 
     Args:
         seconds: Training time. None: run ``steps`` optimizer steps instead.
-        steps: Optimizer steps after which training stops in any case. None: no limit of its own;
-            with ``seconds=None`` the Trainer's ``max_steps`` then counts.
+        steps: Optimizer steps after which training stops in any case; schedules follow them with
+            ``seconds=None`` only. None: the Trainer's ``max_steps``, if it has any.
         reserve_seconds: Part of ``seconds`` kept for what must happen inside the budget after the
             last step, such as calibration.
         warmup_steps: Optimizer steps on made-up tokens before the clock starts. They compile and
@@ -83,6 +86,8 @@ class WallClockBudget(Callback):
         self._control_group: torch.distributed.ProcessGroup | None = None
         self._step_events: list[torch.cuda.Event] = []
         self.running = False
+        self.progress: Progress | None = None
+        """Where the run stands; None before setup."""
 
     @property
     def training_seconds(self) -> float | None:
@@ -92,6 +97,7 @@ class WallClockBudget(Callback):
     @property
     def fraction(self) -> float:
         """Share of the budget that is used, from 0 to 1."""
+        assert self.progress is not None, "the budget was not set up"
         return self.progress.fraction
 
     @override
@@ -99,18 +105,26 @@ class WallClockBudget(Callback):
         """Called when fit begins: check the limits and open the ranks' control channel."""
         if stage != "fit":
             return
+        limit = "budget.steps"
         if self.steps is None and trainer.max_steps > 0:
-            self.steps = trainer.max_steps
+            self.steps, limit = trainer.max_steps, "trainer.max_steps"
         if self.seconds is None and self.steps is None:
             raise ValueError("budget.seconds is null, so budget.steps must say how long to train")
+        if self.seconds is not None and self.steps is not None:
+            rank_zero_warn(
+                f"budget.seconds={self.seconds} and {limit}={self.steps} are both set: schedules "
+                f"follow the seconds, so a run that {limit} ends early is not warmed down; set "
+                "budget.seconds to null to let them follow the steps"
+            )
         if trainer.world_size > 1 and self._control_group is None:
             self._control_group = torch.distributed.new_group(backend="gloo")
         self.progress = self._progress(trainer.global_step)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins: warm up, then start the clock."""
-        if self.warmup_steps > 0:
+        """Called when training begins: warm up if there is budget left, then start the clock."""
+        self._update(trainer)
+        if self.warmup_steps > 0 and not trainer.should_stop:
             with self.phases.measure("compile and warm-up"):
                 warm_up(trainer, pl_module, self.warmup_steps)
         _synchronize(pl_module)
@@ -198,11 +212,23 @@ class WallClockBudget(Callback):
         return self.stop_signal
 
     def report(self) -> dict[str, Any]:
-        """Return the phases with their seconds and whether they count."""
+        """Return the limits, what was used of them, and the phases with their seconds.
+
+        ``counted_seconds`` is the sum of the phases that count. ``within_budget`` allows it one
+        mean step more than ``seconds``, as training ends with a whole step; None without seconds.
+        """
+        counted = sum(
+            self.phases.seconds(name) for name, phase in self.phases.phases.items() if phase.counts
+        )
+        mean_step = self._mean_step_seconds(0 if self.progress is None else self.progress.step)
         return {
             "budget_seconds": self.seconds,
             "reserve_seconds": self.reserve_seconds,
             "budget_steps": self.steps,
+            "counted_seconds": round(counted, 3),
+            "within_budget": (
+                None if self.seconds is None else counted <= self.seconds + mean_step
+            ),
             "phases": {
                 name: {"seconds": round(phase.seconds, 3), "counts": phase.counts}
                 for name, phase in self.phases.phases.items()
@@ -252,6 +278,9 @@ class WallClockBudget(Callback):
         # The last step is still running on the device: it will take about as long as the mean step.
         if not self._step_events or self._step_events[-1].query():
             return 0.0
+        return self._mean_step_seconds(step)
+
+    def _mean_step_seconds(self, step: int) -> float:
         return self.phases.seconds("train") / max(step, 1)
 
 

@@ -149,10 +149,8 @@ class WeightAveraging(Callback):
         self._steps_seen = trainer.global_step
         progress = find_callback(trainer, WallClockBudget).progress
         if self.ema is not None and progress.fraction >= self.ema.start_fraction:
-            average = self.averages["ema"]
-            assert isinstance(average, ExponentialAverage)
-            average.decay = ema_decay(progress, self.ema)
-            self._update("ema", trainer.global_step, pl_module)
+            decay = ema_decay(progress, self.ema)
+            self._update("ema", trainer.global_step, pl_module, decay=decay)
         if self.swa is not None and swa_due(
             trainer.global_step - 1,
             pl_module.lr_scale,
@@ -201,11 +199,20 @@ class WeightAveraging(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the averages that are still switched on."""
+        """Restore the averages that are still switched on, and warn of those that are not."""
         for name, state in state_dict["averages"].items():
             if name in self.averages:
                 self.averages[name].load_state_dict(state)
-        self.first_update_step = dict(state_dict["first_update_step"])
+            elif {"ema": self.ema, "swa": self.swa}[name] is None:
+                rank_zero_warn(
+                    f"the checkpoint's {name} average of {state['count']} updates is dropped "
+                    f"because averaging.{name} is off: switch it on to go on with it"
+                )
+        self.first_update_step = {
+            name: step
+            for name, step in state_dict["first_update_step"].items()
+            if name in self.averages
+        }
 
     def weights(self, pl_module: pl.LightningModule, source: Source) -> Mapping[str, Tensor]:
         """Return the GPT's weights by name: those of an average, or the raw ones.
@@ -239,9 +246,15 @@ class WeightAveraging(Callback):
             },
         }
 
-    def _update(self, name: str, step: int, pl_module: pl.LightningModule) -> None:
+    def _update(
+        self, name: str, step: int, pl_module: pl.LightningModule, decay: float | None = None
+    ) -> None:
         self.first_update_step.setdefault(name, step)
-        self.averages[name].update(dict(pl_module.gpt.named_parameters()))
+        average, weights = self.averages[name], dict(pl_module.gpt.named_parameters())
+        if isinstance(average, ExponentialAverage):
+            average.update(weights, decay=decay)
+        else:
+            average.update(weights)
 
 
 def ema_decay(progress: Progress, config: EMAConfig) -> float:

@@ -1,5 +1,7 @@
 """The command line: ``pgl fit | validate | test | predict | export``."""
 
+import argparse
+import os
 import sys
 import traceback
 import warnings
@@ -10,12 +12,14 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 import callbacks
 import pgl as package
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.data import TokenDataModule
+from pgl.data.sources import DownloadError
 from pgl.generate import GenerationConfig, print_continuations
 from pgl.module import GolfModule
 from pgl.trainer import GolfTrainer
@@ -33,6 +37,9 @@ CALLBACKS = {
     "random_state": callbacks.RandomState,
     "progress": callbacks.BudgetProgress,
 }
+
+# Errors whose text is made for the user, wherever they come from.
+ALWAYS_THE_USERS = (MisconfigurationException, DownloadError)
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -63,8 +70,8 @@ class GolfCLI(LightningCLI):
 
     Every callback of a run has a key of its own (``budget.seconds``, ``averaging.ema.decay``), so
     that configuration files merge key by key; lists of callbacks would replace each other.
-    Precedence, weakest first: defaults, the hyperparameters saved in ``--ckpt_path``, configuration
-    files in their order, the command line.
+    Precedence, weakest first: defaults, the hyperparameters saved in ``ckpt_path`` (given on the
+    command line or in a file), configuration files in their order, the command line.
     """
 
     @override
@@ -125,24 +132,88 @@ class GolfCLI(LightningCLI):
         self.model.generation = generation
 
     def predict(self, **kwargs: Any) -> None:
-        """Continue the prompt and print the result."""
-        print_continuations(self.trainer.predict(**kwargs, return_predictions=True))
+        """Continue the prompt and print the result, once however many devices there are."""
+        texts = self.trainer.predict(**kwargs, return_predictions=True)
+        if self.trainer.is_global_zero:
+            print_continuations(texts)
 
 
 def with_saved_hyperparameters(arguments: list[str]) -> list[str]:
-    """Put the hyperparameters of ``--ckpt_path`` in front, as the weakest configuration file.
+    """Put the hyperparameters of ``ckpt_path`` in front, as the weakest configuration file.
 
     Args:
         arguments: Command line: a subcommand and its options.
+
+    Raises:
+        ValueError: If the file has no hyperparameters of a GolfModule.
     """
-    path = _option(arguments, "--ckpt_path")
-    if path is None or not Path(path).is_file() or len(arguments) < 2:
+    position = _subcommand_position(arguments)
+    if position is None:
         return arguments
-    saved = dict(GolfCheckpointIO().load_checkpoint(path, map_location="cpu")["hyper_parameters"])
-    saved.pop("_instantiator", None)
-    saved.pop("compile", None)  # a property of the machine, not of the model
-    config = yaml.safe_dump({"model": saved})
-    return [arguments[0], "--config", config, *arguments[1:]]
+    path = _checkpoint_path(arguments, position)
+    if path is None or not os.path.isfile(path):
+        return arguments
+    config = {arguments[position]: {"model": _saved_hyperparameters(path)}}
+    # Before the subcommand: there may be configuration files even there.
+    return ["--config", yaml.safe_dump(config), *arguments]
+
+
+def _saved_hyperparameters(path: str) -> dict[str, Any]:
+    checkpoint = GolfCheckpointIO().load_checkpoint(path, map_location="cpu")
+    saved = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("gpt"), dict):
+        raise ValueError(
+            f"ckpt_path {path} is not a checkpoint of pgl: it lacks the model's hyperparameters; "
+            "give a last.ckpt or an artifact"
+        )
+    # What belongs to the machine that wrote the file, not to the model, stays behind.
+    gpt = {name: value for name, value in saved["gpt"].items() if name != "attention_backend"}
+    kept = {name: saved[name] for name in saved if name not in ("_instantiator", "compile")}
+    return {**kept, "gpt": gpt}
+
+
+def _subcommand_position(arguments: list[str]) -> int | None:
+    subcommands = GolfCLI.subcommands()
+    for index, argument in enumerate(arguments):
+        is_value = index > 0 and arguments[index - 1] in ("-c", "--config")
+        if argument in subcommands and not is_value:
+            return index
+    return None
+
+
+def _checkpoint_path(arguments: list[str], position: int) -> str | None:
+    """Return the ``ckpt_path`` that wins: the last one, in a configuration file or by itself."""
+    subcommand = arguments[position]
+    path = None
+    for config in _given(arguments[:position]):
+        section = config.get(subcommand)
+        path = section.get("ckpt_path", path) if isinstance(section, dict) else path
+    for config in _given(arguments[position + 1 :]):
+        path = config.get("ckpt_path", path)
+    return None if path is None else str(path)
+
+
+def _given(options: list[str]) -> list[dict[str, Any]]:
+    """Return the contents of ``--config`` and ``--ckpt_path`` options in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", dest="given", action="append", type=_read_config)
+    parser.add_argument(
+        "--ckpt_path", dest="given", action="append", type=lambda path: {"ckpt_path": path}
+    )
+    try:
+        return parser.parse_known_args(options)[0].given or []
+    except argparse.ArgumentError:
+        return []  # an option without its value: the real parser says so
+
+
+def _read_config(config: str) -> dict[str, Any]:
+    """Return a configuration given as a file or as text; empty if the real parser will refuse it."""
+    try:
+        text = Path(config).read_text() if os.path.isfile(config) else config
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,13 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, *ALWAYS_THE_USERS) as error:
         if not _is_users_mistake(error):
             raise
         _exit_with(str(error))
 
 
 def _is_users_mistake(error: Exception) -> bool:
+    if isinstance(error, ALWAYS_THE_USERS):
+        return True
     # Our own checks raise ValueError with a sentence for the user; one that torch raises is a bug.
     frames = traceback.extract_tb(error.__traceback__)
     ours = {Path(package.__file__).parent, Path(callbacks.__file__).parent}
@@ -178,15 +251,6 @@ def _is_users_mistake(error: Exception) -> bool:
 def _exit_with(message: str) -> NoReturn:
     sys.stderr.write(f"pgl: error: {' '.join(message.split())}\n")
     sys.exit(2)
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
-    return None
 
 
 if __name__ == "__main__":

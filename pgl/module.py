@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from pgl.evaluate import BitsPerByte, ByteTable, WindowBatch, score_batch
+from pgl.evaluate import BatchScores, BitsPerByte, ByteTable, WindowBatch, score_batch
 from pgl.generate import GenerationConfig, generate
 from pgl.model import GPT, GPTConfig
 from pgl.objective import LossConfig, training_loss
@@ -27,6 +28,7 @@ from pgl.optim import (
     lr_scale,
     mile_gamma,
     muon_momentum,
+    parameter_groups,
 )
 
 CHECKPOINT_FORMAT = 1
@@ -73,7 +75,8 @@ class GolfModule(pl.LightningModule):
         """What the last validation scored: bpb, loss, tokens, bytes."""
         self.register_buffer("mile_gamma", torch.zeros(()), persistent=False)
         self._training_loss: Callable[..., Tensor] = training_loss
-        self._score: Callable[..., Any] = score_batch
+        self.score_batch: Callable[..., BatchScores] = score_batch
+        """Scores a batch of windows; compiled where the module is."""
 
     @override
     def setup(self, stage: str) -> None:
@@ -97,7 +100,7 @@ class GolfModule(pl.LightningModule):
         self.gpt.prepare_attention(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
             self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
-            self._score = torch.compile(score_batch, fullgraph=True, dynamic=False)
+            self.score_batch = torch.compile(score_batch, fullgraph=True, dynamic=False)
 
     @override
     def training_step(self, tokens_ST1: Tensor, batch_idx: int) -> Tensor:
@@ -105,7 +108,7 @@ class GolfModule(pl.LightningModule):
         # Contiguous, so that all micro-batches have the strides that the graph was compiled for.
         ids_ST, targets_ST = tokens_ST1[:, :-1].contiguous(), tokens_ST1[:, 1:].long()
         loss = self._training_loss(self.gpt, ids_ST, targets_ST, self.loss_config, self.mile_gamma)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.step_losses.clear()
         self.step_losses.append(loss.detach())
         return loss
@@ -114,7 +117,7 @@ class GolfModule(pl.LightningModule):
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         """Score one batch of windows."""
         assert self.bits_per_byte is not None, "validation needs a TokenDataModule's byte table"
-        self.bits_per_byte.update(*self.score(batch))
+        self.bits_per_byte.update(*self.score_batch(self.gpt, batch))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -141,10 +144,7 @@ class GolfModule(pl.LightningModule):
     @override
     def configure_optimizers(self) -> MuonAdamW:
         """Build the one optimizer, with named Muon and AdamW groups."""
-        optimizer = build_optimizer(self.gpt, self.optimizer_config)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        return optimizer
+        return build_optimizer(self.gpt, self.optimizer_config)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -164,11 +164,15 @@ class GolfModule(pl.LightningModule):
                 f"the checkpoint has format {written_by}, this pgl reads up to "
                 f"{CHECKPOINT_FORMAT}: upgrade pgl"
             )
-        self._align_batch_progress(checkpoint)
-
-    def score(self, batch: WindowBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return nats, previous tokens, targets and mask of a batch of windows."""
-        return self._score(self.gpt, batch)
+        if self._trainer is None:
+            return
+        if "pgl_artifact" in checkpoint:
+            sha256 = checkpoint["pgl_artifact"].get("tokenizer_sha256")
+            if sha256 is not None:
+                self.trainer.datamodule.check_tokenizer(sha256)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._keep_own_settings(checkpoint)
+            self._align_batch_progress(checkpoint)
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -222,12 +226,19 @@ class GolfModule(pl.LightningModule):
         self.log(f"{split}/bpb", score["bpb"], prog_bar=True, sync_dist=True)
         self.log(f"{split}/loss", score["loss"], sync_dist=True)
 
+    def _keep_own_settings(self, checkpoint: dict[str, Any]) -> None:
+        # torch restores learning rates and decay with the optimizer's state; what this run was
+        # configured with wins, as for every other setting.
+        own_groups = parameter_groups(self.gpt.named_parameters(), self.optimizer_config)
+        [optimizer] = checkpoint["optimizer_states"]
+        for saved, own in zip(optimizer["param_groups"], own_groups, strict=False):
+            settings = {key: value for key, value in own.items() if key != "params"}
+            saved.update(settings, initial_lr=own["lr"])
+
     def _align_batch_progress(self, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches. Another world size has other micro-batches, and a step
         # that was cut short starts again, so the count is derived from the optimizer steps.
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        if loops is None or self._trainer is None:
-            return
+        loops = checkpoint["loops"]["fit_loop"]
         micro_batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in ("total", "current"):
             progress = loops["epoch_loop.batch_progress"][counts]

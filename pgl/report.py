@@ -14,15 +14,22 @@ import pgl
 PACKAGES = ("torch", "lightning", "torchmetrics", "sentencepiece", "zstandard", "numpy")
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and the git revision of pgl's checkout, if it is one."""
+def environment(device_type: str, world_size: int) -> dict[str, Any]:
+    """Return versions, hardware and the git revision of pgl's checkout, if it is one.
+
+    The revision ends in ``-dirty`` if the checkout has changes that are not committed.
+
+    Args:
+        device_type: Type of the device that the run used, such as "cpu" or "cuda".
+        world_size: Number of processes, each with one device.
+    """
     return {
         "pgl": pgl.__version__,
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "device": _device(),
+        "device": f"{world_size} x {_device(device_type)}",
         "cpu_threads": torch.get_num_threads(),
         "command": " ".join(sys.argv),
     }
@@ -54,7 +61,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"| {name} | {phase['seconds']:.2f} | {'yes' if phase['counts'] else 'no'} |"
         for name, phase in report["budget"]["phases"].items()
     ]
-    lines += ["", *_size(report["artifact"]), "## Techniques", ""]
+    lines += ["", *_within_budget(report), *_size(report["artifact"]), "## Techniques", ""]
     lines += ["| technique | setting | acted |", "|---|---|---|"]
     lines += [
         f"| {row['technique']} | {row['setting']} | {row['acted']} |"
@@ -73,6 +80,7 @@ def summary(report: dict[str, Any]) -> str:
     for score in report["scores"]:
         lines.append(f"  {score['weights']:<10} {score['windows']:<8} {score['bpb']:.6f} bits/byte")
     lines += ["", *(f"  {line}" for line in _compared_with_xz(report) if line)]
+    lines += [f"  {line}" for line in _within_budget(report) if line]
     artifact = report["artifact"]
     if artifact:
         limit = artifact["limit_bytes"]
@@ -85,9 +93,21 @@ def _compared_with_xz(report: dict[str, Any]) -> list[str]:
     xz = report["data"].get("val_xz_bits_per_byte")
     if xz is None or not report["scores"]:
         return []
-    best = report["scores"][-1]["bpb"]
-    verdict = "below" if best < xz else "NOT below"
-    return [f"{best:.4f} is {verdict} the {xz:.4f} bits per byte of xz -9e on the same text.", ""]
+    final = report["scores"][-1]["bpb"]
+    verdict = "below" if final < xz else "NOT below"
+    return [f"{final:.4f} is {verdict} the {xz:.4f} bits per byte of xz -9e on the same text.", ""]
+
+
+def _within_budget(report: dict[str, Any]) -> list[str]:
+    budget = report["budget"]
+    if budget.get("within_budget") is None:
+        return []
+    verdict = "within" if budget["within_budget"] else "OVER"
+    return [
+        f"{budget['counted_seconds']:.1f} s count against the budget of "
+        f"{budget['budget_seconds']:.1f} s: {verdict} budget.",
+        "",
+    ]
 
 
 def _size(artifact: dict[str, Any]) -> list[str]:
@@ -118,21 +138,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"cpu ({platform.processor() or platform.machine()})"
+def _device(device_type: str) -> str:
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device_type} ({platform.processor() or platform.machine()})"
 
 
-def _git_revision() -> str | None:
+def _git_revision(root: Path = Path(pgl.__file__).resolve().parent.parent) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(pgl.__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # An installed package may lie inside the checkout of something else.
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
+        revision = _git(root, "rev-parse", "HEAD")
+        return f"{revision}-dirty" if _git(root, "status", "--porcelain") else revision
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()

@@ -54,18 +54,35 @@ class GolfTrainer(pl.Trainer):
         ckpt_path: str,
         out: str = "model.pgl",
     ) -> None:
-        """Make an artifact from a checkpoint, without training.
+        """Make an artifact from a checkpoint, without training, on one device.
+
+        The artifact's metadata say how long the checkpoint was trained.
 
         Args:
             model: The module that the checkpoint belongs to.
             datamodule: Names the tokenizer, and calibrates GPTQ.
             ckpt_path: The checkpoint. Its averaged weights are exported if it has any.
             out: The artifact to write.
+
+        Raises:
+            ValueError: If the Trainer has several devices, or ``ckpt_path`` is an artifact or no
+                checkpoint of pgl.
         """
+        if self.world_size > 1:
+            raise ValueError("pgl export runs on one device: set trainer.devices to 1")
         if is_artifact(ckpt_path):
             raise ValueError(f"--ckpt_path {ckpt_path} is an artifact already: give a checkpoint")
         checkpoint = GolfCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
+        budget = find_callback(self, WallClockBudget)
+        if budget.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} is not a checkpoint of a pgl run: give its last.ckpt"
+            )
+        model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
+        budget.load_state_dict(checkpoint["callbacks"][budget.state_key])
+        budget.elapsed = budget.phases.seconds("train")
+        self.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])  # has the global step
         model.to(self.strategy.root_device)
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()

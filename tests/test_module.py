@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import functional as F
 
 from callbacks import WallClockBudget
@@ -56,14 +57,12 @@ def test_progress_reaches_every_group(tiny_gpt, monkeypatch):
     monkeypatch.setattr(module, "optimizers", lambda use_pl_optimizer: optimizer)
     initial = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert initial == {"embedding": 0.035, "matrix": 0.025, "scalar": 0.025}
-    module.step_losses.append(torch.zeros(()))
     for elapsed, scale, momentum in ((2.0, 1.0, 0.84), (8.0, 0.4, 0.9)):
         module.apply_progress(Progress(int(elapsed), elapsed, 10.0, None))
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(initial[group["name"]] * scale)
             if group["kind"] == "muon":
                 assert group["momentum"] == pytest.approx(momentum)
-    assert not module.step_losses, "losses of the step before are still there"
 
 
 def test_weights_on_loan_are_given_back_even_after_an_error(tiny_gpt):
@@ -117,11 +116,17 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tiny_gpt):
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
 def test_batch_progress_follows_the_accumulation_of_this_run(tiny_gpt, accumulate, in_hook):
     module = GolfModule(tiny_gpt)
-    module._trainer = SimpleNamespace(accumulate_grad_batches=accumulate)
+    module._trainer = SimpleNamespace(
+        accumulate_grad_batches=accumulate, state=SimpleNamespace(fn=TrainerFn.FITTING)
+    )
     counts = dict.fromkeys(("ready", "started", "processed", "completed"), 20)
     counts["completed"] -= in_hook
     progress = {"total": dict(counts), "current": dict(counts)}
-    checkpoint = {"global_step": 5, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    checkpoint = {
+        "global_step": 5,
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+        "optimizer_states": [module.configure_optimizers().state_dict()],
+    }
     module.on_load_checkpoint(checkpoint)
     done = 5 * accumulate
     expected = {
@@ -145,7 +150,7 @@ def test_a_compiled_run_trains_as_the_eager_one(golf_run, tiny_gpt):
         )
     module = runs[True].module
     assert hasattr(module._training_loss, "_torchdynamo_orig_callable")
-    assert hasattr(module._score, "_torchdynamo_orig_callable")
+    assert hasattr(module.score_batch, "_torchdynamo_orig_callable")
     assert set(module.state_dict()) == set(runs[False].module.state_dict())
     for name, weight in runs[False].module.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], weight, rtol=1e-2, atol=1e-3)

@@ -9,8 +9,8 @@ from it, unpickles nothing, and allocates no more than the model that its manife
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     codec: str = "zstd",
     limit_bytes: int | None = LIMIT_BYTES,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> SizeReport:
     """Write an artifact. The same input gives the same bytes.
 
@@ -72,6 +73,7 @@ def save(
         metadata: JSON values to keep in the manifest, e.g. the tokenizer's SHA-256.
         codec: Name of the codec, see :data:`pgl.artifact.CODECS`.
         limit_bytes: Largest length of the file, None for any.
+        on_progress: Called after each stream with the share of all bytes that it was.
 
     Returns:
         What each part takes.
@@ -81,6 +83,8 @@ def save(
         ValueError: The tensors are not those of the model, the codec cannot be used, or the
             metadata are not JSON values.
     """
+    # A kernel is a property of the machine that the model was trained on.
+    config = replace(config, attention_backend="auto")
     table = make_table(stored)
     try:
         check_table(table, config)
@@ -88,11 +92,13 @@ def save(
         raise ValueError(f"cannot pack this model: it {error}") from error
     records, packed = {}, {}
     raw = to_streams(table, stored)
+    raw_bytes = max(sum(map(len, raw.values())), 1)
     for name, plan in plan_streams(table).items():
         used = codec_for(codec, plan.is_codes)
         packed[name] = compress(used, raw[name], code_layout(plan))
         digest = hashlib.sha256(raw[name]).hexdigest()
         records[name] = StreamRecord(used, len(packed[name]), len(raw[name]), digest)
+        on_progress(len(raw[name]) / raw_bytes)
     manifest = write_manifest(config, table, records, metadata or {})
     archive = pack(manifest, _main_source(), packed, source_files())
     report = measure(archive, table, records, limit_bytes)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import sentencepiece
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -64,10 +65,16 @@ class TokenDataModule(pl.LightningDataModule):
             raise ValueError(f"data.val_batch_windows must be positive, got {val_batch_windows}")
         if max_val_tokens is not None and max_val_tokens < 2:
             raise ValueError(f"data.max_val_tokens must be at least 2, got {max_val_tokens}")
+        if audit_tokens is not None and audit_tokens < 2:
+            raise ValueError(f"data.audit_tokens must be at least 2, got {audit_tokens}")
         self.source = source
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens
-        self.micro_batch_tokens = micro_batch_tokens or batch_tokens // spans_per_batch
+        if spans_per_batch <= 0:
+            raise ValueError(f"data.spans_per_batch must be positive, got {spans_per_batch}")
+        if micro_batch_tokens is None:
+            micro_batch_tokens = batch_tokens // spans_per_batch
+        self.micro_batch_tokens = micro_batch_tokens
         self.spans_per_batch = spans_per_batch
         self.val_batch_windows = val_batch_windows
         self.max_val_tokens = max_val_tokens
@@ -182,6 +189,46 @@ class TokenDataModule(pl.LightningDataModule):
             rank=rank,
         )
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must find unchanged to go on with the same tokens."""
+        return {
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "batch_tokens": self.batch_tokens,
+            "seq_len": self.seq_len,
+            "spans_per_batch": self.spans_per_batch,
+            "train_tokens": self.stream.total_tokens,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse data that a checkpoint does not fit.
+
+        Raises:
+            ValueError: If the tokenizer, or when training the order of the tokens, is another.
+        """
+        self.check_tokenizer(state_dict["tokenizer_sha256"])
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, now in self.state_dict().items():
+            if state_dict[name] != now:
+                raise ValueError(
+                    f"the checkpoint was written with data.{name}={state_dict[name]}, this run has "
+                    f"{now}: resume with the run's own config.yaml, or its data settings"
+                )
+
+    def check_tokenizer(self, sha256: str) -> None:
+        """Compare a model's tokenizer with the data's.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if sha256 != self.tokenizer_sha256:
+            raise ValueError(
+                f"the model was trained with the tokenizer {sha256[:12]}, the data's is "
+                f"{self.tokenizer_sha256[:12]}: set data.source to the text it was trained on"
+            )
+
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data of a run: names, counts and hashes."""
         return {
@@ -192,7 +239,10 @@ class TokenDataModule(pl.LightningDataModule):
             "val_shards": {path.name: sha256_file(path) for path in self.corpus.val_shards},
             "train_tokens": self.stream.total_tokens if hasattr(self, "stream") else None,
             "val_targets": len(self.val_tokens) - 1,
-            "val_xz_bits_per_byte": self.corpus.val_xz_bits_per_byte,
+            # Measured on the whole split, so it says nothing about a part of it.
+            "val_xz_bits_per_byte": None
+            if self.max_val_tokens
+            else self.corpus.val_xz_bits_per_byte,
         }
 
     def _open_validation(self) -> None:

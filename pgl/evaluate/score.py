@@ -4,7 +4,7 @@ Shapes: B windows, S window length, L trailing positions whose head is computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -63,6 +63,7 @@ def evaluate_windows(
     device: torch.device | str = "cpu",
     autocast_dtype: torch.dtype | None = None,
     on_batch: Callable[[int], None] | None = None,
+    score: Callable[[TokenLosses, WindowBatch], BatchScores] = score_batch,
 ) -> dict[str, Tensor]:
     """Score every window of ``loader``, without a Trainer.
 
@@ -76,8 +77,9 @@ def evaluate_windows(
         loader: This rank's share of the windows.
         metric: Adds the ranks up if ``torch.distributed`` is initialised.
         device: Where the model lies.
-        autocast_dtype: Run the model under autocast with this dtype; None: as it is.
+        autocast_dtype: Run the model under autocast with this dtype; None: as the caller runs it.
         on_batch: Called with the index of each batch once it is queued (progress, time limits).
+        score: Scores a batch, such as a compiled :func:`score_batch`.
 
     Returns:
         ``metric.compute()``: bpb, loss, tokens, bytes.
@@ -87,7 +89,7 @@ def evaluate_windows(
     with evaluation_mode(gpt), torch.no_grad():
         for index, batch in enumerate(loader):
             with autocast(device, autocast_dtype):
-                scores = score_batch(gpt, move(batch, device))
+                scores = score(gpt, move(batch, device))
             metric.update(*scores)
             if on_batch is not None:
                 on_batch(index)
@@ -100,9 +102,9 @@ def move(batch: WindowBatch, device: torch.device) -> WindowBatch:
     return WindowBatch(*tensors, last=batch.last)
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to ``dtype``, switched off where it is None."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to ``dtype``; where it is None, whatever the caller has chosen."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager

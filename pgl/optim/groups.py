@@ -25,8 +25,6 @@ class OptimizerConfig:
     """Learning rate of the embedding tables (AdamW)."""
     head_lr: float = 0.008
     """Learning rate of an untied output head (AdamW)."""
-    muon_momentum: float = 0.99
-    """Momentum of Muon until a schedule sets another."""
     nesterov: bool = True
     """Look ahead along the momentum (Nesterov)."""
     ns_steps: int = 5
@@ -65,7 +63,7 @@ class OptimizerConfig:
             _check(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("muon_weight_decay", "adam_weight_decay", "head_weight_decay"):
             _check(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("muon_momentum", "beta1", "beta2"):
+        for name in ("beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         _check(self.eps > 0, "eps", "must be positive")
         _check(
@@ -156,10 +154,10 @@ def build_optimizer(gpt: nn.Module, config: OptimizerConfig) -> MuonAdamW:
 
 
 def _muon_settings(config: OptimizerConfig) -> dict[str, Any]:
+    # Without the momentum: MuonAdamW has a default, and ScheduleConfig sets it at every step.
     return {
         "kind": "muon",
         "lr": config.matrix_lr,
-        "momentum": config.muon_momentum,
         "nesterov": config.nesterov,
         "weight_decay": config.muon_weight_decay,
         "decay_order": config.decay_order,
