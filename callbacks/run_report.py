@@ -79,9 +79,7 @@ class RunReport(Callback):
             "averaging": find_callback(trainer, WeightAveraging).report(),
             "techniques": techniques(trainer, pl_module),
             "data": data.describe(),
-            "environment": environment(
-                trainer.strategy.root_device.type, trainer.world_size
-            ),
+            "environment": environment(trainer.strategy.root_device.type, trainer.world_size),
             "model": pl_module.config(),
         }
 

@@ -207,7 +207,7 @@ def _given(options: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_config(config: str) -> dict[str, Any]:
-    """Return a configuration given as a file or as text; empty if the real parser will refuse it."""
+    """Return a configuration given as a file or as text; empty if the parser will refuse it."""
     try:
         text = Path(config).read_text() if os.path.isfile(config) else config
         values = yaml.safe_load(text)

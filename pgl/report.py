@@ -25,7 +25,7 @@ def environment(device_type: str, world_size: int) -> dict[str, Any]:
     """
     return {
         "pgl": pgl.__version__,
-        "git_revision": _git_revision(),
+        "git_revision": _git_revision(Path(pgl.__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -102,10 +102,13 @@ def _within_budget(report: dict[str, Any]) -> list[str]:
     budget = report["budget"]
     if budget.get("within_budget") is None:
         return []
-    verdict = "within" if budget["within_budget"] else "OVER"
+    verdict = "OVER budget"
+    if budget["within_budget"]:
+        past = budget["counted_seconds"] > budget["budget_seconds"]
+        verdict = "within budget" + (" but for its last step" if past else "")
     return [
         f"{budget['counted_seconds']:.1f} s count against the budget of "
-        f"{budget['budget_seconds']:.1f} s: {verdict} budget.",
+        f"{budget['budget_seconds']:.1f} s: {verdict}.",
         "",
     ]
 
@@ -144,7 +147,7 @@ def _device(device_type: str) -> str:
     return f"{device_type} ({platform.processor() or platform.machine()})"
 
 
-def _git_revision(root: Path = Path(pgl.__file__).resolve().parent.parent) -> str | None:
+def _git_revision(root: Path) -> str | None:
     try:
         # An installed package may lie inside the checkout of something else.
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():

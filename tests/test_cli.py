@@ -3,13 +3,16 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from pgl.artifact import is_artifact
-from pgl.cli import main
-from pgl.data import Shards
+from pgl.cli import GolfCLI, main
+from pgl.data import Shards, TokenDataModule
+from pgl.data.sources import DownloadError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = ["--config", str(CONFIGS / "quickstart.yaml")]
@@ -170,6 +173,85 @@ def test_precedence_is_defaults_checkpoint_files_command_line(fitted, capsys, tm
     assert typed["gpt"]["qk_gain_init"] == 4
     assert typed["loss"]["mile_gamma"] == 0.5
     assert printed(capsys, "validate")["model"]["gpt"]["num_layers"] == 9
+
+
+def test_a_checkpoint_named_in_a_file_has_the_model_too(fitted, capsys, tmp_path):
+    file = tmp_path / "file.yaml"
+    file.write_text(f"ckpt_path: {fitted.checkpoint}\nmodel: {{gpt: {{qk_gain_init: 3}}}}\n")
+    gpt = printed(capsys, "validate", "-c", str(file))["model"]["gpt"]
+    assert (gpt["num_layers"], gpt["qk_gain_init"]) == (2, 3)
+    # The last one given wins, as for every other setting.
+    assert printed(capsys, "validate", "-c", str(file), "--ckpt_path=null")["model"]["gpt"][
+        "num_layers"
+    ] == 9  # fmt: skip
+
+
+def test_files_before_the_subcommand_win_over_the_checkpoint(fitted, capsys, tmp_path):
+    file = tmp_path / "file.yaml"
+    section = {"ckpt_path": fitted.checkpoint, "model": {"gpt": {"qk_gain_init": 3}}}
+    file.write_text(yaml.safe_dump({"validate": section}))
+    gpt = printed(capsys, "--config", str(file), "validate")["model"]["gpt"]
+    assert (gpt["num_layers"], gpt["qk_gain_init"]) == (2, 3)
+    section.pop("ckpt_path")
+    file.write_text(yaml.safe_dump({"validate": section}))
+    ckpt = ["--ckpt_path", fitted.checkpoint]
+    gpt = printed(capsys, "--config", str(file), "validate", *ckpt)["model"]["gpt"]
+    assert (gpt["num_layers"], gpt["qk_gain_init"]) == (2, 3)
+
+
+def test_the_machine_of_the_checkpoint_is_left_behind(fitted, capsys, tmp_path):
+    checkpoint = torch.load(fitted.checkpoint, weights_only=True)
+    checkpoint["hyper_parameters"]["gpt"]["attention_backend"] = "cudnn"
+    checkpoint["hyper_parameters"]["compile"] = True
+    path = tmp_path / "gpu.ckpt"
+    torch.save(checkpoint, path)
+    model = printed(capsys, "validate", f"--ckpt_path={path}")["model"]
+    assert (model["gpt"]["attention_backend"], model["compile"]) == ("auto", False)
+    assert model["gpt"]["num_layers"] == 2
+    options = [*fitted.data, *run_options(tmp_path), f"--ckpt_path={path}"]
+    main(["validate", *options])
+
+
+@pytest.mark.parametrize(
+    "contents", [{"state_dict": {}}, {"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, [1]]
+)
+def test_a_foreign_checkpoint_is_refused(contents, capsys, tmp_path):
+    path = tmp_path / "foreign.ckpt"
+    torch.save(contents, path)
+    line = refused(capsys, "validate", f"--ckpt_path={path}")
+    assert "foreign.ckpt is not a checkpoint of pgl" in line
+
+
+def test_an_option_without_its_value_is_one_line(capsys):
+    assert "--ckpt_path" in refused(capsys, "validate", "--ckpt_path")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_what_lightning_refuses_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *TINY, "--trainer.accelerator=gpu"])
+    assert stop.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("pgl: error: No supported gpu backend found!")
+
+
+def test_a_failed_download_is_one_line(fitted, capsys, tmp_path, monkeypatch):
+    def fail(self):
+        raise DownloadError("shard.bin could not be fetched:\nno route to host")
+
+    monkeypatch.setattr(TokenDataModule, "prepare_data", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", *fitted.data, *run_options(tmp_path), f"--ckpt_path={fitted.checkpoint}"])
+    assert stop.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == "pgl: error: shard.bin could not be fetched: no route to host"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_predict_prints_on_one_of_several_devices(rank, capsys):
+    trainer = SimpleNamespace(predict=lambda **_: ["a text"], is_global_zero=rank == 0)
+    GolfCLI.predict(SimpleNamespace(trainer=trainer))
+    assert capsys.readouterr().out == ("a text\n" if rank == 0 else "")
 
 
 def test_predict_continues_the_prompt_and_repeats_itself(fitted, capsys, tmp_path):

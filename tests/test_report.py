@@ -1,9 +1,11 @@
 """The Markdown report and the closing summary."""
 
 import copy
+import subprocess
 
 import pytest
 
+from pgl import report as report_module
 from pgl.report import environment, summary, to_markdown
 
 REPORT = {
@@ -77,8 +79,57 @@ def test_a_report_without_a_part_is_still_a_report(key):
 
 
 def test_the_environment_names_versions():
-    found = environment()
+    found = environment("cpu", 2)
     assert found["packages"]["torch"]
     assert found["pgl"]
-    assert found["device"]
-    assert found["git_revision"] is None or len(found["git_revision"]) == 40
+    revision = found["git_revision"]
+    assert revision is None or len(revision.removesuffix("-dirty")) == 40
+
+
+def test_a_cpu_run_on_a_gpu_machine_names_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert environment("cpu", 2)["device"].startswith("2 x cpu (")
+    assert environment("cuda", 4)["device"] == "4 x NVIDIA H200"
+
+
+def test_the_revision_is_of_pgls_own_checkout_and_says_if_it_was_changed(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    assert report_module._git_revision(tmp_path) is None  # no checkout
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "file").write_text("one")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert len(report_module._git_revision(tmp_path)) == 40
+    assert report_module._git_revision(tmp_path / "inside") is None  # the checkout of another
+    (tmp_path / "inside" / "file").write_text("two")
+    assert report_module._git_revision(tmp_path).endswith("-dirty")
+
+
+def test_the_budget_says_whether_it_was_kept():
+    assert "budget." not in summary(REPORT)
+    for seconds, within, verdict in (
+        (598.36, True, "within budget"),
+        (600.04, True, "within budget but for its last step"),
+        (630.0, False, "OVER budget"),
+    ):
+        report = copy.deepcopy(REPORT)
+        report["budget"] |= {
+            "budget_seconds": 600.0,
+            "counted_seconds": seconds,
+            "within_budget": within,
+        }
+        line = f"{seconds:.1f} s count against the budget of 600.0 s: {verdict}."
+        assert line in to_markdown(report)
+        assert line in summary(report)
+
+
+def test_no_comparison_with_xz_without_its_size():
+    report = copy.deepcopy(REPORT)
+    report["data"]["val_xz_bits_per_byte"] = None
+    assert "xz -9e" not in summary(report)

@@ -14,7 +14,8 @@ from callbacks import (
     WallClockBudget,
     WeightAveraging,
 )
-from pgl.artifact import is_artifact
+from pgl.artifact import is_artifact, load
+from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.module import GolfModule
 from pgl.trainer import GolfTrainer
 
@@ -127,6 +128,34 @@ def test_export_makes_the_artifact_of_a_checkpoint(finished, golf_run, tmp_path,
     exported = again.callback(GPTQExport).exported
     for name, weight in finished.callback(GPTQExport).exported.state_dict.items():
         torch.testing.assert_close(exported.state_dict[name], weight, rtol=0, atol=0)
+    checkpoint = torch.load(finished.folder / "last.ckpt", weights_only=True)
+    trained_seconds, *_ = checkpoint["callbacks"]["WallClockBudget"]["phases"]["train"]
+    metadata = load(out).manifest["metadata"]
+    assert metadata["training_steps"] == 6
+    assert metadata["training_seconds"] == round(trained_seconds, 3) > 0
+
+
+def test_export_on_several_devices_is_refused(golf_run):
+    run = golf_run(fit=False, devices=2)
+    with pytest.raises(ValueError, match=r"runs on one device: set trainer\.devices to 1"):
+        run.trainer.export(run.module, run.data, "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pgl_format": 99}, "format 99.*upgrade pgl"),
+        ({"callbacks": {}}, r"other\.ckpt is not a checkpoint of a pgl run"),
+    ],
+)
+def test_export_of_another_programs_checkpoint_is_refused(
+    finished, golf_run, tmp_path, change, message
+):
+    checkpoint = torch.load(finished.folder / "last.ckpt", weights_only=True)
+    GolfCheckpointIO().save_checkpoint({**checkpoint, **change}, tmp_path / "other.ckpt")
+    again = golf_run("again", fit=False)
+    with pytest.raises(ValueError, match=message):
+        again.trainer.export(again.module, again.data, tmp_path / "other.ckpt")
 
 
 def test_warm_up_leaves_no_trace(golf_run):

@@ -77,6 +77,31 @@ def test_resuming_in_another_folder_with_another_interval_does_not_warn(golf_run
     assert torch.load(again.folder / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
+class Deferring(Callback):
+    """Notes whether a signal would wait for the end of a step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, bool] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen["step"] = trainer._signal_connector.deferred
+
+    def on_train_end(self, trainer, pl_module):
+        self.seen["end"] = trainer._signal_connector.deferred
+
+
+def test_signals_act_at_once_when_a_finished_run_is_resumed(golf_run):
+    first, again = Deferring(), Deferring()
+    run = golf_run("first", budget=one_step(), extra=(first,))
+    golf_run("again", budget=one_step(), extra=(again,), ckpt_path=run.folder / "last.ckpt")
+    assert first.seen == {"step": True, "end": False}
+    assert again.seen == {"end": False}
+
+
+def one_step():
+    return WallClockBudget(seconds=None, steps=1, warmup_steps=0)
+
+
 def test_two_intervals_are_refused():
     with pytest.raises(ValueError, match=r"every_steps and checkpoint\.every_seconds are both set"):
         RunCheckpoint(every_steps=1, every_seconds=1.0)

@@ -7,7 +7,9 @@ import pytest
 
 from callbacks import (
     EMAConfig,
+    GPTQExport,
     RunReport,
+    SlidingWindowBPB,
     SnapshotConfig,
     TrainingMetrics,
     WallClockBudget,
@@ -17,24 +19,38 @@ from callbacks.techniques import techniques
 from pgl.model import GPTConfig
 from pgl.module import GolfModule
 from pgl.objective import LossConfig
-from pgl.optim import OptimizerConfig
+from pgl.optim import OptimizerConfig, build_optimizer
+from pgl.quant import QuantConfig, TensorRule
 
 SIZE = {"vocab_size": 64, "num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1}
 
 
-def rows(module, averaging=None, **budget_state):
+def rows(module, averaging=None, artifact=None, validation=None, seq_len=64, **budget_state):
     budget, metrics = WallClockBudget(seconds=None, steps=9), TrainingMetrics()
     vars(budget).update(budget_state)
     metrics.load_state_dict({"clipped_steps": 3})
     averaging = averaging or WeightAveraging(None, source="raw")
     averaging.setup(None, module, "fit")
-    trainer = SimpleNamespace(callbacks=[budget, metrics, averaging], global_step=9)
+    artifact = artifact or GPTQExport()
+    validation = validation or SlidingWindowBPB(stride_tokens=seq_len)
+    trainer = SimpleNamespace(
+        callbacks=[budget, metrics, averaging, artifact, validation],
+        datamodule=SimpleNamespace(seq_len=seq_len),
+        optimizers=[build_optimizer(module.gpt, module.optimizer_config)],
+        global_step=9,
+    )
     return {row["technique"]: row for row in techniques(trainer, module)}
 
 
 def test_what_is_off_is_not_listed():
     gpt = GPTConfig(
-        **SIZE, unet_skips=False, resid_mix=False, tie_embeddings=False, logit_softcap=30.0
+        **{**SIZE, "num_kv_heads": 2},
+        unet_skips=False,
+        resid_mix=False,
+        tie_embeddings=False,
+        logit_softcap=30.0,
+        qk_norm=False,
+        qk_gain_init=None,
     )
     optimizer = OptimizerConfig(muon_weight_decay=0, adam_weight_decay=0, grad_clip_norm=None)
     assert set(rows(GolfModule(gpt, optimizer))) == {"learning-rate warmdown", "logit softcap"}
@@ -82,6 +98,64 @@ def test_what_is_on_is_listed_with_when_it_acted():
     assert rows(module)["learning-rate warmdown"]["acted"] == "never"
 
 
+def test_the_parts_of_the_model_are_listed_with_their_settings():
+    gpt = GPTConfig(
+        **SIZE,
+        smear_gate=True,
+        smear_document_reset=True,
+        mlp_activation="leaky_relu2",
+        output_proj_init="scaled",
+    )
+    table = rows(GolfModule(gpt))
+    assert table["leaky ReLU squared"]["setting"] == "slope 0.5"
+    assert table["SmearGate document reset"]["acted"] == "every step"
+    assert table["scaled init of output projections"]["acted"] == "at the start"
+    assert table["grouped-query attention"]["setting"] == "1 of 2 heads"
+    assert table["q gain"]["setting"] == "from 1.5"
+    assert "QK norm" in table
+
+
+def test_rope_is_rescaled_beyond_its_reference_length_only():
+    module, name = GolfModule(GPTConfig(**SIZE, rope_train_len=64)), "NTK-aware RoPE rescaling"
+    assert name not in rows(module, seq_len=64)
+    assert rows(module, seq_len=128)[name]["acted"] == "every step"
+    longer = SlidingWindowBPB(stride_tokens=32, seq_len=128)
+    row = rows(module, validation=longer)[name]
+    assert row["acted"] == "when scoring with sliding windows"
+    assert row["setting"] == "128 tokens, reference 64"
+
+
+def test_small_momentum_is_listed_with_what_it_saves():
+    module = GolfModule(GPTConfig(**SIZE), OptimizerConfig(momentum_format="int8"))
+    row = rows(module)["Muon momentum format"]
+    saved = build_optimizer(module.gpt, module.optimizer_config).momentum_bytes_saved()
+    assert row["setting"] == "int8"
+    assert row["acted"] == f"every step, saves {saved / 1e6:.2f} MB"
+
+
+def test_gptq_pruning_and_sliding_windows_are_listed_if_they_acted():
+    quant = QuantConfig(
+        mlp=TensorRule(method="gptq"),
+        passthrough_max_numel=8000,
+        prune_fraction=0.05,
+        prune_min_numel=20_000,
+    )
+    artifact = GPTQExport(quant, calibration_sequences=16)
+    validation = SlidingWindowBPB(stride_tokens=16)
+    module = GolfModule(GPTConfig(**SIZE))
+    table = rows(module, artifact=artifact, validation=validation)
+    for name in ("GPTQ", "pruning", "sliding-window scoring"):
+        assert table[name]["acted"] == "never"
+    artifact.exported = SimpleNamespace(state_dict=module.gpt.state_dict())
+    validation.scores = [SimpleNamespace(weights="quantised", windows="sliding")]
+    table = rows(module, artifact=artifact, validation=validation)
+    assert table["GPTQ"]["setting"] == "mlp; 16 calibration sequences"
+    assert table["GPTQ"]["acted"] == "on 8 matrices at export"  # up and down in 4 layers
+    assert table["pruning"]["acted"] == "on 8 matrices at export"
+    assert table["sliding-window scoring"]["setting"] == "stride of 16 in windows of 64 tokens"
+    assert table["sliding-window scoring"]["acted"] == "scored quantised weights"
+
+
 def test_the_report_of_a_run_is_strict_json(golf_run, capsys):
     run = golf_run(
         budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
@@ -96,6 +170,7 @@ def test_the_report_of_a_run_is_strict_json(golf_run, capsys):
     assert report["name"] == "run"
     assert [score["weights"] for score in report["scores"]] == ["raw", "quantised", "quantised"]
     assert report["averaging"] == {"source": "raw"}
+    assert report["environment"]["device"].startswith("1 x cpu")
     assert not [row for row in report["techniques"] if "averaging" in row["technique"]]
     assert f"{report['scores'][-1]['bpb']:.6f} bits/byte" in capsys.readouterr().out
 

@@ -22,6 +22,7 @@ class Watch(Callback):
         self.time = 0.0
         self.steps: dict[int, dict] = {}
         self._losses: list[float] = []
+        self._batches: list[torch.Tensor] = []
 
     def __call__(self) -> float:
         return self.time
@@ -34,17 +35,23 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._losses.append(float(outputs["loss"]))
+        self._batches.append(batch.clone())
         if (batch_idx + 1) % 4:
             return
         optimizer = trainer.optimizers[0]
         self.steps[trainer.global_step] = {
             "loss": self._losses,
+            "batches": self._batches,
             "grad_norm": float(optimizer.grad_norm),
             "clip": optimizer.grad_clip_norm,
             **{f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups},
             "momentum": next(g["momentum"] for g in optimizer.param_groups if g["kind"] == "muon"),
         }
         self._losses = []
+        self._batches = []
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.time += 50.0
 
 
 @pytest.fixture
@@ -76,7 +83,7 @@ def curves(golf_run, tiny_gpt, monkeypatch):
         ),
         budget=budget,
         metrics=Watched(),
-        validation=SlidingWindowBPB(stride_tokens=32, every_n_steps=4),
+        validation=SlidingWindowBPB(stride_tokens=16, every_n_steps=4),
         extra=(watch,),
     )
     events = EventAccumulator(str(run.folder))
@@ -106,21 +113,29 @@ def test_curves_hold_the_values_of_the_steps_that_log(curves):
     losses = [sum(watch.steps[step]["loss"]) for step in (2, 4, 6)]
     assert [value for _, value in curve("train/loss")] == pytest.approx(losses, rel=1e-5)
     assert run.callback(TrainingMetrics).last_loss == pytest.approx(losses[-1], rel=1e-5)
-    for (_, bpb), loss in zip(curve("train/bpb"), losses, strict=True):
-        assert 0.5 < loss / math.log(2) / bpb < 20  # bytes per token
+    # The bytes are those of the tokens that the loss is the mean of: of all micro-batches.
+    table = run.data.byte_table
+    for (_, bpb), loss, step in zip(curve("train/bpb"), losses, (2, 4, 6), strict=True):
+        batches = watch.steps[step]["batches"]
+        assert len(batches) == 4
+        counted = torch.cat([table.target_bytes(b[:, :-1], b[:, 1:]) for b in batches])
+        bytes_per_token = counted.double().mean().item()
+        assert bpb == pytest.approx(loss / math.log(2) / bytes_per_token, rel=1e-5)
     # The same against training seconds and against tokens.
     assert curve("by_seconds/train/loss") == [
         (seconds, value)
         for seconds, (_, value) in zip((6, 12, 18), curve("train/loss"), strict=True)
     ]
-    assert [step for step, _ in curve("by_mtokens/train/loss")] == [2, 4, 6]
+    assert [step for step, _ in curve("by_ktokens/train/loss")] == [2000, 4000, 6000]
     assert [value for _, value in curve("budget/elapsed_seconds")] == [6, 12, 18]
     # Lightning counts the step it validates after from zero.
     assert [step for step, _ in curve("val/bpb")] == [3, 5]
     assert [step for step, _ in curve("by_seconds/val/bpb")] == [12, 18]
-    assert [step for step, _ in curve("by_mtokens/val/bpb")] == [4, 6]
-    # Speed is measured between logs that no validation separates.
-    assert [step for step, _ in curve("speed/tokens_per_second")] == [4]
+    assert [step for step, _ in curve("by_ktokens/val/bpb")] == [4000, 6000]
+    assert [value for _, value in curve("budget/mtokens")] == [2, 4, 6]
+    # A validation of 50 seconds between steps 4 and 6 is no part of the speed.
+    speed = pytest.approx(2e6 / 6)
+    assert curve("speed/tokens_per_second") == [(4, speed), (6, speed)]
     finals = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
     assert "final/bpb_quantised_sliding" in finals
 

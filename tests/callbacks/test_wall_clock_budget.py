@@ -1,5 +1,6 @@
 """The budget on a clock that the test moves: what counts, when training stops, what follows it."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,55 @@ def test_max_steps_of_the_trainer_is_the_budget_without_seconds():
 
 def test_own_steps_win_over_max_steps():
     assert setup(WallClockBudget(seconds=None, steps=7), max_steps=40).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("steps", "max_steps", "named"),
+    [(7, -1, r"budget\.steps=7"), (None, 40, "trainer.max_steps=40")],
+)
+def test_seconds_and_steps_together_warn_that_schedules_follow_the_seconds(steps, max_steps, named):
+    with pytest.warns(UserWarning, match=rf"budget\.seconds=9\.0 and {named} are both set"):
+        setup(WallClockBudget(seconds=9.0, steps=steps), max_steps=max_steps)
+
+
+@pytest.mark.parametrize("settings", [{"seconds": 9.0}, {"seconds": None, "steps": 7}])
+def test_one_limit_does_not_warn(settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setup(WallClockBudget(**settings))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reserve", "calibration", "within"),
+    [(6.0, 2.5, 3.0, True), (6.0, 2.5, 3.5, False), (6.0, 0.0, 0.0, True), (None, 0.0, 50.0, None)],
+)
+def test_the_report_says_whether_what_counts_fits(golf_run, seconds, reserve, calibration, within):
+    # Steps take a second: with 3.5 seconds to train, the fourth step ends half a second late.
+    clock = Clock()
+    steps = None if seconds is not None else 4
+    budget = budget_on(clock, seconds=seconds, steps=steps, reserve_seconds=reserve, warmup_steps=0)
+    golf_run(budget=budget, extra=(clock,))
+    with budget.phases.measure("calibrate", counts=True):
+        clock.time += calibration
+    with budget.phases.measure("pack"):
+        clock.time += 500.0
+    report = budget.report()
+    trained = report["phases"]["train"]["seconds"]
+    assert trained == (6.0 if reserve == 0 and seconds else 4.0)
+    assert report["counted_seconds"] == pytest.approx(trained + calibration)
+    assert report["within_budget"] is within
+
+
+def test_a_finished_run_is_not_warmed_up_again(golf_run, monkeypatch):
+    first = golf_run("first", budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0))
+
+    def refuse(trainer, module, steps):
+        raise AssertionError("warmed up with no step left")
+
+    monkeypatch.setattr("callbacks.wall_clock_budget.warm_up", refuse)
+    again = WallClockBudget(seconds=None, steps=1, warmup_steps=2)
+    golf_run("again", budget=again, ckpt_path=first.folder / "last.ckpt")
+    assert "compile and warm-up" not in again.report()["phases"]
 
 
 def test_a_budget_without_an_end_is_refused():

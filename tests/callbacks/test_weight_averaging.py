@@ -1,5 +1,6 @@
 """Averages against hand-made ones and against Lightning's own; what is exported and saved."""
 
+import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch.callbacks as lightning_callbacks
@@ -151,6 +152,7 @@ def test_the_horizon_acts_on_the_average(tiny_gpt):
     # A horizon of 4 steps: a quarter of the new weights.
     average = averaging.averages["ema"].average()["tok_emb.weight"]
     torch.testing.assert_close(average, before["tok_emb.weight"] + 0.25)
+    assert averaging.averages["ema"].decay == averaging.ema.decay  # its own setting is left alone
 
 
 def test_resuming_training_goes_on_from_the_raw_weights(tiny_gpt):
@@ -161,6 +163,26 @@ def test_resuming_training_goes_on_from_the_raw_weights(tiny_gpt):
         trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
         averaging.on_load_checkpoint(trainer, module, checkpoint)
         assert bool((module.gpt.tok_emb.weight == 0).all()) == is_raw
+
+
+def test_a_saved_average_that_is_off_now_is_dropped_with_a_warning(tiny_gpt):
+    module = GolfModule(tiny_gpt)
+    trainer = SimpleNamespace(callbacks=[], global_step=0)
+    both = WeightAveraging(EMAConfig(), SnapshotConfig())
+    both.setup(trainer, module, "fit")
+    both.on_train_start(trainer, module)
+    saved = both.state_dict()
+    only_swa = WeightAveraging(None, SnapshotConfig(), source="swa")
+    only_swa.setup(trainer, module, "fit")
+    with pytest.warns(UserWarning, match=r"ema average of 1 updates is dropped.*averaging\.ema is"):
+        only_swa.load_state_dict(saved)
+    assert set(only_swa.report()) == {"source", "swa"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = WeightAveraging(EMAConfig(), SnapshotConfig())
+        same.setup(trainer, module, "fit")
+        same.load_state_dict(saved)
+    assert same.report() == both.report()
 
 
 @pytest.mark.parametrize("source", ["ema", "swa"])
