@@ -3,6 +3,7 @@
 Shape suffixes: S sequences of one micro-batch, T sequence length.
 """
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -172,6 +173,8 @@ class TrainLoader:
             target=self._read_ahead, args=(self._next_micro_batch, ready, stopped), daemon=True
         )
         thread.start()
+        # At interpreter exit too: a daemon thread that is cut off inside C++ aborts the process.
+        atexit.register(_stop, stopped, thread)
         try:
             while True:
                 item = ready.get()
@@ -180,7 +183,7 @@ class TrainLoader:
                 self._next_micro_batch += 1
                 yield item
         finally:
-            stopped.set()
+            _stop(stopped, thread)
 
     def state_dict(self) -> dict[str, int]:
         """Return the optimizer step whose tokens come next."""
@@ -209,3 +212,8 @@ class TrainLoader:
             if isinstance(item, Exception):
                 return
             micro_batch += 1
+
+
+def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
+    stopped.set()
+    thread.join()

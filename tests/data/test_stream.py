@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,3 +109,20 @@ def test_loader_has_a_length_and_hands_errors_to_the_reader(shards):
     assert len(loader) > 10**6
     with pytest.raises(ShardError, match="fineweb_train_000000"):
         list(itertools.islice(loader, 10))
+
+
+def test_a_process_ends_cleanly_with_a_loader_half_read(shards):
+    program = (
+        "import sys\n"
+        "from pgl.data import BatchLayout, TokenStream, TrainLoader\n"
+        "from pathlib import Path\n"
+        "stream = TokenStream([Path(path) for path in sys.argv[1:]], 1200)\n"
+        "iterator = iter(TrainLoader(stream, BatchLayout(256, 16, 64)))\n"
+        "next(iterator)\n"
+        "keep = [iterator]; keep.append(keep)  # nothing collects it before the end\n"
+        "sys.modules['keep'] = keep\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, shards)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
