@@ -13,7 +13,7 @@ from runs import digest
 
 import callbacks
 import pgl.io
-from callbacks import gptq_export
+from callbacks import gptq_export, sliding_window_bpb
 from pgl.artifact import load
 from pgl.cli import main
 
@@ -142,7 +142,12 @@ def before_reading_back() -> None:
 
 def in_scoring(signum: int = signal.SIGKILL) -> None:
     """Get a signal when the second set of weights is scored, in place of the module's own."""
-    _at_call(callbacks.SlidingWindowBPB, "_run", 2, lambda *args: os.kill(os.getpid(), signum))
+    _at_call(
+        sliding_window_bpb,
+        "evaluate_windows",
+        2,
+        lambda *args, **kwargs: os.kill(os.getpid(), signum),
+    )
 
 
 def after(seconds: float) -> None:
