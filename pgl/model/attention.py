@@ -12,7 +12,12 @@ from pgl.model.rotary import apply_rotary
 
 # Shape suffixes: B batch, T position, E model dim, C all key/value heads together, H query head,
 # K key/value head, G query head within the group of one key/value head, D dimension in the head,
-# R half of the rotated dimensions.
+# R half of the rotated dimensions, S query positions where they are the last of the T.
+
+# The kernel is in the build; asked here because torch.compile cannot trace the question.
+FLASH_BUILT = torch.backends.cuda.is_flash_attention_available()
+# Those that read the last positions with it; cuDNN's has no causality aligned at the bottom right.
+FLASH_BACKENDS = ("auto", "cudnn", "flash", "fa3", "fa4")
 
 
 def attend(
@@ -25,7 +30,7 @@ def attend(
     """Causal attention with scale 1/sqrt(D); query head h reads key/value head h // (H / K).
 
     Args:
-        q_BTHD: Queries.
+        q_BTHD: Queries; fewer than keys are those of the last positions.
         k_BTKD: Keys.
         v_BTKD: Values.
         mask_B1TT: True where position t may read position s; has to be causal. None means all
@@ -33,9 +38,15 @@ def attend(
         backend: Kernel to use, see ``GPTConfig.attention_backend``.
 
     Returns:
-        (B, T, H, D). Heads are moved by strides, never copied.
+        Shaped as the queries, (B, T, H, D). Heads are moved by strides, never copied.
     """
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
+        # SDPA's is_causal lets the first query read the first key only.
+        in_bfloat16 = q_BHTD.is_cuda and q_BHTD.dtype == torch.bfloat16
+        if FLASH_BUILT and in_bfloat16 and backend in FLASH_BACKENDS:
+            return _flash_lower_right(q_BHTD, k_BKTD, v_BKTD).transpose(1, 2)
+        mask_B1TT = lower_right_mask(q_BHTD.size(2), k_BKTD.size(2), q_BHTD.device)
     grouped = q_BHTD.size(1) != k_BKTD.size(1)
     if grouped and mask_B1TT is not None:
         # CUDA's fused kernels take either a mask or grouped heads.
@@ -53,6 +64,19 @@ def attend(
             enable_gqa=grouped,
         )
     return y_BHTD.transpose(1, 2)
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Causal mask of the last ``queries`` of ``keys`` positions: bool, (1, 1, S, T)."""
+    mask_ST = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask_ST[None, None]
+
+
+def _flash_lower_right(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    # This operator's causality is aligned at the bottom right, and it takes grouped heads.
+    # torch.nn.attention.bias.causal_lower_right calls the same one.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(q_BHSD, k_BKTD, v_BKTD, 0.0, True)[0]
 
 
 def exclusive_attention(y_BTHD: Tensor, v_BTKD: Tensor) -> Tensor:
@@ -110,6 +134,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
         self.backend = config.attention_backend
+        self.kernels = False  # see GPT.prepare
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
         self.c_q = CastedLinear(config.model_dim, config.model_dim)
         self.c_k = CastedLinear(config.model_dim, config.kv_dim)
@@ -130,6 +155,7 @@ class Attention(nn.Module):
         mask_B1TT: Tensor | None = None,
         value_embedding_BTC: Tensor | None = None,
         first_v_BTKD: Tensor | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -139,25 +165,58 @@ class Attention(nn.Module):
             mask_B1TT: See :func:`attend`.
             value_embedding_BTC: What the shared value embedding adds to the values.
             first_v_BTKD: The first layer's values, for the value residual.
+            last: Queries and output of this many last positions only.
 
         Returns:
-            The output (B, T, E) and this layer's values (B, T, K, D).
+            The output (B, last or T, E) and this layer's values (B, T, K, D).
         """
-        q_BTHD = self.c_q(x_BTE).unflatten(-1, (-1, self.head_dim))
-        k_BTKD = self.c_k(x_BTE).unflatten(-1, (-1, self.head_dim))
-        v_BTKD = self._values(x_BTE, value_embedding_BTC, first_v_BTKD)
-        if self.qk_norm:
-            q_BTHD, k_BTKD = rms_norm(q_BTHD), rms_norm(k_BTKD)
-        q_BTHD, k_BTKD = apply_rotary(q_BTHD, *rotary), apply_rotary(k_BTKD, *rotary)
-        if self.q_gain is not None:
-            q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
+        v_BTKD = v_read_BTKD = self._values(x_BTE, value_embedding_BTC, first_v_BTKD)
+        if last is not None:
+            v_read_BTKD = v_BTKD[:, -last:]
+            mask_B1TT = None if mask_B1TT is None else mask_B1TT[:, :, -last:]
+        if self._fuses_queries_and_keys(last):
+            q_BTHD, k_BTKD = self._fused_queries_and_keys(x_BTE, rotary)
+        else:
+            q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
 
         y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend)
         if self.exclusive:
-            y_BTHD = exclusive_attention(y_BTHD, v_BTKD)
+            y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:
-            y_BTHD = self.gate(x_BTE) * y_BTHD
+            y_BTHD = self.gate(x_BTE[:, -y_BTHD.size(1) :]) * y_BTHD
         return self.proj(y_BTHD.flatten(2)), v_BTKD
+
+    def _queries_and_keys(
+        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], last: int | None
+    ) -> tuple[Tensor, Tensor]:
+        k_BTKD = self.c_k(x_BTE).unflatten(-1, (-1, self.head_dim))
+        q_rotary = rotary
+        if last is not None:
+            x_BTE = x_BTE[:, -last:]
+            q_rotary = tuple(table_TR[-last:] for table_TR in rotary)
+        q_BTHD = self.c_q(x_BTE).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q_BTHD, k_BTKD = rms_norm(q_BTHD), rms_norm(k_BTKD)
+        q_BTHD, k_BTKD = apply_rotary(q_BTHD, *q_rotary), apply_rotary(k_BTKD, *rotary)
+        if self.q_gain is not None:
+            q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
+        return q_BTHD, k_BTKD
+
+    def _fuses_queries_and_keys(self, last: int | None) -> bool:
+        has_all_parts = self.qk_norm and self.q_gain is not None and last is None
+        power_of_two = self.head_dim & (self.head_dim - 1) == 0
+        return self.kernels and has_all_parts and power_of_two and torch.compiler.is_compiling()
+
+    def _fused_queries_and_keys(
+        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        # One product for both, and one pass over what it yields.
+        weights = [layer.compute_weight(x_BTE.dtype) for layer in (self.c_q, self.c_k)]
+        qk_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)
+        kv_heads = self.c_k.out_features // self.head_dim
+        pair = torch.ops.pgl.qk_norm_rope(qk_NC, *rotary, self.q_gain, kv_heads)
+        q_BTHD, k_BTKD = (x_NHD.unflatten(0, x_BTE.shape[:2]) for x_NHD in pair)
+        return q_BTHD, k_BTKD
 
     def _values(
         self, x_BTE: Tensor, value_embedding_BTC: Tensor | None, first_v_BTKD: Tensor | None

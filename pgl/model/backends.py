@@ -21,7 +21,7 @@ FIRST_GENERATION = {"cudnn": 8, "flash": 8, "fa3": 9, "fa4": 9}
 def attention_kernel(backend: str) -> AbstractContextManager:
     """Context in which ``scaled_dot_product_attention`` runs on ``backend`` or raises."""
     if backend in ("fa3", "fa4") and nn.attention.current_flash_attention_impl() != backend.upper():
-        raise RuntimeError(f"{backend} is not active: call GPT.prepare_attention before compiling")
+        raise RuntimeError(f"{backend} is not active: call GPT.prepare before compiling")
     return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend])
 
 

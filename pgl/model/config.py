@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+MAX_PARAMETERS = 1 << 30
+"""Weights of the largest model: sixty times what an artifact of 16 MB holds."""
+
+MAX_START = 65504.0
+"""Largest magnitude of what a weight starts with: artifacts keep it as float16."""
+
 POSITIVE_FIELDS = (
     "vocab_size",
     "num_layers",
@@ -16,6 +22,7 @@ POSITIVE_FIELDS = (
     "bigram_dim",
     "value_embedding_dim",
 )
+STARTS = ("embed_init_std", "qk_gain_init", "backout_lambda_init", "mlp_negative_slope")
 
 
 @dataclass
@@ -149,10 +156,14 @@ class GPTConfig:
     attention_backend: Literal["auto", "cudnn", "flash", "math", "fa3", "fa4"] = "auto"
     """Attention kernel: torch's choice, or exactly this one (an error where it cannot run)."""
 
+    kernels: Literal["auto", "off"] = "auto"
+    """Fused Triton kernels in compiled graphs on NVIDIA GPUs (auto), or plain torch everywhere."""
+
     def __post_init__(self) -> None:
         self._check_sizes()
         self._check_attention()
         self._check_layers()
+        self._check_total()
 
     @property
     def head_dim(self) -> int:
@@ -178,6 +189,12 @@ class GPTConfig:
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             _require(value > 0, f"{name} must be above 0, not {value}")
+        for name in STARTS:
+            value = getattr(self, name)
+            _require(
+                value is None or abs(value) <= MAX_START,
+                f"{name} must be at most {MAX_START:g} in magnitude, not {value}",
+            )
         _require(
             self.logit_softcap >= 0,
             f"logit_softcap must be 0 (off) or above, not {self.logit_softcap}",
@@ -190,6 +207,23 @@ class GPTConfig:
         _require(
             0 <= self.bos_id < self.vocab_size,
             f"bos_id must be a token id below vocab_size {self.vocab_size}, not {self.bos_id}",
+        )
+
+    def _check_total(self) -> None:
+        block = 2 * self.model_dim * (self.model_dim + self.kv_dim + self.mlp_hidden)
+        tables = {
+            "num_layers, model_dim, mlp_hidden": self.num_layers * block,
+            "vocab_size": self.vocab_size * self.model_dim,
+            "bigram_buckets": self.bigram_buckets * self.bigram_dim,
+            "bigram_dim": self.bigram_dim * self.model_dim if self.bigram_buckets else 0,
+            "value_embedding_dim": self.value_embedding_dim * (self.vocab_size + self.kv_dim)
+            if self.value_embedding_layers
+            else 0,
+        }
+        _require(
+            sum(tables.values()) <= MAX_PARAMETERS,
+            f"the model would have {sum(tables.values()):,} weights, more than "
+            f"{MAX_PARAMETERS:,}: lower {max(tables, key=lambda name: tables[name])}",
         )
 
     def _check_attention(self) -> None:

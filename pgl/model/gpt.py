@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgl import kernels
 from pgl.model.attention import Attention, document_mask
 from pgl.model.backends import prepare_backend
 from pgl.model.config import GPTConfig
@@ -39,6 +40,7 @@ class Block(nn.Module):
         dim = config.model_dim
         # LN scale (PR #388): damps later layers; the MLP's square makes it 1/(layer + 1).
         self.ln_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.kernels = False  # see GPT.prepare
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.attn_scale = nn.Parameter(torch.ones(dim))
@@ -56,32 +58,50 @@ class Block(nn.Module):
         mask_B1TT: Tensor | None,
         value_embedding_BTC: Tensor | None,
         first_v_BTKD: Tensor | None,
+        last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the new stream (B, T, E) and the attention's values (B, T, K, D).
+        """Return the new stream (B, last or T, E) and the attention's values (B, T, K, D).
 
         With ``cached_BTE`` (Cache, PR #703) queries, keys and values are read from the cached
-        stream; the residual sum and the MLP stay with the live one. The other arguments are
-        those of :meth:`Attention.forward`.
+        stream; the residual sum and the MLP stay with the live one. With ``last`` only that many
+        last positions go on: they read the keys and values of all. The other arguments are those
+        of :meth:`Attention.forward`.
         """
-        x_BTE = self._mix(x_BTE, x0_BTE)
-        source_BTE = x_BTE if cached_BTE is None else self._mix(cached_BTE, x0_BTE)
+        x_BTE, h_BTE = self._mix_norm(x_BTE, x0_BTE)
+        if cached_BTE is not None:
+            _, h_BTE = self._mix_norm(cached_BTE, x0_BTE)
         attn_BTE, v_BTKD = self.attn(
-            self.ln_scale * rms_norm(source_BTE),
+            h_BTE,
             rotary,
             mask_B1TT,
             value_embedding_BTC,
             first_v_BTKD,
+            last,
         )
-        x_BTE = x_BTE + self.attn_scale.to(x_BTE.dtype) * attn_BTE
-        mlp_BTE = self.mlp(self.ln_scale * rms_norm(x_BTE))
-        x_BTE = x_BTE + self.mlp_scale.to(x_BTE.dtype) * mlp_BTE
+        if last is not None:
+            x_BTE = x_BTE[:, -last:]
+        x_BTE, h_BTE = self._add_norm(x_BTE, attn_BTE, None, self.attn_scale)
+        x_BTE = x_BTE + self.mlp_scale.to(x_BTE.dtype) * self.mlp(h_BTE)
         return x_BTE, v_BTKD
 
-    def _mix(self, x_BTE: Tensor, x0_BTE: Tensor) -> Tensor:
+    def _mix_norm(self, x_BTE: Tensor, x0_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stream mixed with x0, and what attention reads of it."""
         if self.resid_mix is None:
-            return x_BTE
-        mix_2E = self.resid_mix.to(x_BTE.dtype)
-        return mix_2E[0] * x_BTE + mix_2E[1] * x0_BTE
+            return x_BTE, self.ln_scale * rms_norm(x_BTE)
+        return self._add_norm(x_BTE, x0_BTE, *self.resid_mix)
+
+    def _add_norm(
+        self, x_BTE: Tensor, y_BTE: Tensor, x_gain_E: Tensor | None, y_gain_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``x_gain * x + y_gain * y``, and its norm times the LN scale."""
+        if self.kernels and torch.compiler.is_compiling():
+            x_NE, y_NE = x_BTE.flatten(0, 1), y_BTE.flatten(0, 1)
+            pair = torch.ops.pgl.residual_norm(x_NE, y_NE, x_gain_E, y_gain_E, self.ln_scale)
+            return tuple(stream_NE.view_as(x_BTE) for stream_NE in pair)
+        if x_gain_E is not None:
+            x_BTE = x_gain_E.to(x_BTE.dtype) * x_BTE
+        x_BTE = x_BTE + y_gain_E.to(x_BTE.dtype) * y_BTE
+        return x_BTE, self.ln_scale * rms_norm(x_BTE)
 
 
 class GPT(nn.Module):
@@ -116,6 +136,7 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.tensor(config.backout_lambda_init))
         if not config.tie_embeddings:
             self.lm_head = CastedLinear(dim, config.vocab_size)
+        self._prepared_for: torch.device | None = None
         initialize(self)
         self._store_embeddings(getattr(torch, config.embedding_dtype))
 
@@ -136,7 +157,9 @@ class GPT(nn.Module):
         Args:
             ids_BT: Token ids, int32 or int64.
             targets_BT: The token that follows each position.
-            last: Score only this many last positions; head and loss are computed for them alone.
+            last: Score only this many last positions; the last block's queries, output and MLP, the
+                head and the loss are computed for them alone. The scores are those of the whole
+                computation up to rounding.
 
         Returns:
             float32, (B, last or T).
@@ -147,16 +170,15 @@ class GPT(nn.Module):
         length = ids_BT.size(1)
         if last is not None and not 1 <= last <= length:
             raise ValueError(f"last must be from 1 to the sequence length {length}, not {last}")
-        first = 0 if last is None else length - last
-        logits_BSV = self.logits(self.features(ids_BT)[:, first:])
-        targets_BS = targets_BT[:, first:]
+        logits_BSV = self.logits(self.features(ids_BT, last))
+        targets_BS = targets_BT if last is None else targets_BT[:, -last:]
         return token_cross_entropy(logits_BSV, targets_BS).view_as(targets_BS)
 
-    def features(self, ids_BT: Tensor) -> Tensor:
-        """Return what the head reads: the normalised last stream, (B, T, E)."""
+    def features(self, ids_BT: Tensor, last: int | None = None) -> Tensor:
+        """Return what the head reads: the normalised last stream, (B, last or T, E)."""
         config = self.config
         if not torch.compiler.is_compiling():
-            self.prepare_attention(ids_BT.device)
+            self.prepare(ids_BT.device)
         starts_BT = document_starts(ids_BT, config.bos_id)
         mask_B1TT = document_mask(starts_BT) if config.document_mask else None
         rotary = rotary_table(
@@ -183,6 +205,7 @@ class GPT(nn.Module):
                 mask_B1TT,
                 value_embeddings.get(layer),
                 first_v_BTKD,
+                last if layer == config.num_layers - 1 else None,
             )
             if layer < config.num_skips:
                 skips.append(x_BTE)
@@ -191,6 +214,8 @@ class GPT(nn.Module):
             if layer == 0:
                 first_v_BTKD = v_BTKD
         if self.backout_lambda is not None:
+            if last is not None:
+                cached_BTE = cached_BTE[:, -last:]
             x_BTE = x_BTE - self.backout_lambda.to(x_BTE.dtype) * cached_BTE
         return rms_norm(x_BTE)
 
@@ -200,15 +225,26 @@ class GPT(nn.Module):
         logits_BTV = F.linear(h_BTE, head_VE.to(h_BTE.dtype)).float()
         return softcap(logits_BTV, self.config.logit_softcap)
 
-    def prepare_attention(self, device: torch.device) -> None:
-        """Check, and for fa3 and fa4 activate, ``attention_backend``; call it before compiling.
+    def prepare(self, device: torch.device) -> None:
+        """Choose the kernels for ``device``; call it before compiling.
 
-        Without torch.compile each forward pass does it.
+        Checks, and for fa3 and fa4 activates, ``attention_backend``, and lets the blocks use the
+        Triton kernels of :mod:`pgl.kernels` where they can run. Without torch.compile each forward
+        pass calls it.
 
         Raises:
-            ValueError: If the backend cannot run on ``device``.
+            ValueError: If the attention backend cannot run on ``device``.
         """
         prepare_backend(self.config.attention_backend, device)
+        if device == self._prepared_for:
+            return
+        on = self.config.kernels == "auto" and kernels.available(device)
+        if on:
+            kernels.load()
+        for block in self.blocks:
+            block.kernels = block.attn.kernels = on
+            block.mlp.kernels = on and kernels.squared_mlp_available(device)
+        self._prepared_for = device
 
     def _embed(self, ids_BT: Tensor, starts_BT: Tensor) -> Tensor:
         config = self.config

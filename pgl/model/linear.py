@@ -1,9 +1,11 @@
 """The one linear layer of the model: float32 weight, computed in the dtype of its input."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgl.quant.fake_quant import fake_quantize
+from pgl.quant.fake_quant import FakeQuantConfig, fake_quantize
+from pgl.quant.groups import tensor_group
 
 
 class CastedLinear(nn.Linear):
@@ -30,8 +32,30 @@ class CastedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T`` in the dtype of ``x``: (..., in) -> (..., out)."""
+        return F.linear(x, self.compute_weight(x.dtype))
+
+    def compute_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight that a product in ``dtype`` uses: cast, or fake-quantised."""
         if self.training and self.qat_clip is not None:
-            weight = fake_quantize(self.weight, self.qat_clip, x.dtype, self.qat_scale_floor)
-        else:
-            weight = self.weight.to(x.dtype)
-        return F.linear(x, weight)
+            return fake_quantize(self.weight, self.qat_clip, dtype, self.qat_scale_floor)
+        return self.weight.to(dtype)
+
+
+def set_fake_quantization(model: nn.Module, config: FakeQuantConfig | None) -> list[str]:
+    """Switch fake quantisation of a model's linear layers on, or off with None.
+
+    The output head stays as it is: tied or not, its product reads the plain weight.
+
+    Returns:
+        Names of the layers that are fake-quantised from now on.
+    """
+    switched_on = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, CastedLinear):
+            continue
+        bits = None if config is None else config.bits(tensor_group(f"{name}.weight", 2))
+        layer.qat_clip = None if bits is None else 2 ** (bits - 1) - 1
+        if config is not None and bits is not None:
+            layer.qat_scale_floor = config.scale_floor
+            switched_on.append(name)
+    return switched_on

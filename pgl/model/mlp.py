@@ -1,8 +1,10 @@
 """The MLP of a block: up, squared activation, down."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgl.kernels import squared_mlp_fits
 from pgl.model.config import GPTConfig
 from pgl.model.linear import CastedLinear
 
@@ -30,12 +32,25 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.mlp_activation
         self.negative_slope = config.mlp_negative_slope
+        self.kernels = False  # see GPT.prepare
         self.fc = CastedLinear(config.model_dim, config.mlp_hidden)
         self.proj = CastedLinear(config.mlp_hidden, config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
+        if self.kernels and torch.compiler.is_compiling() and self._fits(x):
+            return self._fused(x)
         hidden = self.fc(x)
         if self.activation == "relu2":
             return self.proj(relu2(hidden))
         return self.proj(leaky_relu2(hidden, self.negative_slope))
+
+    def _fits(self, x: Tensor) -> bool:
+        rows = x.numel() // x.size(-1)
+        return squared_mlp_fits(rows, x.size(-1), self.fc.out_features, x.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        fc, proj = (layer.compute_weight(x.dtype) for layer in (self.fc, self.proj))
+        slope = 0.0 if self.activation == "relu2" else self.negative_slope
+        y, _, _ = torch.ops.pgl.squared_mlp(x.flatten(0, -2), fc, proj, slope)
+        return y.view_as(x)

@@ -1,0 +1,42 @@
+"""Triton kernels for NVIDIA GPUs; each module names its plain twin, which runs everywhere else.
+
+The modules need Triton, which torch's CUDA builds bring along: import them only where
+:func:`available` says so.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+HOPPER = 9
+FIRST_GENERATION = 8
+"""Compute capability of the oldest GPUs the kernels are meant for: Ampere, the first with bf16."""
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on ``device``: an NVIDIA GPU from Ampere on, and Triton there."""
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return False
+    generation, _ = torch.cuda.get_device_capability(device)
+    return generation >= FIRST_GENERATION
+
+
+def load() -> None:
+    """Register the kernels as operators ``torch.ops.pgl.*``, which torch.compile can trace."""
+    for name in ("qk_norm_rope", "residual_norm", "squared_mlp"):
+        import_module(f"pgl.kernels.{name}")
+
+
+def squared_mlp_available(device: torch.device) -> bool:
+    """Whether the fused MLP runs: it needs Hopper's tensor memory access."""
+    return available(device) and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def squared_mlp_fits(rows: int, dim: int, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether an MLP's products come out even in the kernel's tiles, in a 16-bit type."""
+    even = rows % 128 == 0 and dim % 64 == 0 and hidden % 256 == 0
+    return even and dtype in (torch.bfloat16, torch.float16)
+
+
+__all__ = ["available", "load", "squared_mlp_available", "squared_mlp_fits"]

@@ -1,0 +1,97 @@
+"""A compiled model whose blocks use the kernels, against the plain model."""
+
+import pytest
+import torch
+
+from pgl import kernels
+from pgl.model import GPT, GPTConfig
+from pgl.model.mlp import MLP
+
+CONFIG = GPTConfig(
+    num_layers=4,
+    model_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_hidden=96,
+    mlp_activation="leaky_relu2",
+    xsa_last_layers=1,
+    cache_layer=1,
+    backout=True,
+    rope_dims=8,
+    value_embedding_layers=[3],
+    ln_scale=True,
+    smear_gate=True,
+    bigram_buckets=32,
+    bigram_dim=8,
+)
+
+
+@pytest.fixture
+def use_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if kernel_device.type == "cpu":
+        from pgl.kernels import squared_mlp
+
+        tiles = squared_mlp.Tiles(n=16, f=16, e=16, warps=4, stages=2, programs=2)
+        monkeypatch.setattr(squared_mlp, "FORWARD_TILES", tiles)
+        monkeypatch.setattr(squared_mlp, "BACKWARD_TILES", tiles)
+        monkeypatch.setattr(kernels, "available", lambda device: True)
+        monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
+        monkeypatch.setattr(MLP, "_fits", lambda mlp, x: True)
+    return kernel_device
+
+
+def randomized(device: torch.device) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(CONFIG).to(device)
+    for parameter in gpt.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return gpt
+
+
+def calls_of(graphs: list[torch.fx.GraphModule]) -> set[str]:
+    targets = (node.target for graph in graphs for node in graph.graph.nodes)
+    return {str(target) for target in targets if str(target).startswith("pgl.")}
+
+
+def test_losses_and_gradients_are_those_of_the_plain_model(use_kernels: torch.device) -> None:
+    gpt = randomized(use_kernels)
+    ids_BT = torch.randint(1024, (2, 16), device=use_kernels)
+    targets_BT = ids_BT.roll(-1, 1)
+    plain_BT = gpt.token_losses(ids_BT, targets_BT)
+    plain_BT.mean().backward()
+    expected = {name: parameter.grad for name, parameter in gpt.named_parameters()}
+    gpt.zero_grad(set_to_none=True)
+
+    compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
+    fused_BT = compiled(ids_BT, targets_BT)
+    fused_BT.mean().backward()
+    torch.testing.assert_close(fused_BT, plain_BT, rtol=1e-4, atol=1e-5)
+    for name, parameter in gpt.named_parameters():
+        scale = float(expected[name].abs().max()) + 1e-8
+        difference = float((parameter.grad - expected[name]).abs().max())
+        assert difference < 1e-3 * scale, name
+
+
+def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None:
+    gpt = randomized(use_kernels)
+    gpt.prepare(use_kernels)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    ids_BT = torch.randint(1024, (2, 16), device=use_kernels)
+    with torch.no_grad():
+        torch.compile(gpt.token_losses, backend=keep, fullgraph=True)(ids_BT, ids_BT)
+    names = {call.split(".")[1] for call in calls_of(graphs)}
+    assert names == {"qk_norm_rope", "residual_norm", "squared_mlp"}
+
+
+def test_kernels_off_leaves_them_out(
+    use_kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONFIG, "kernels", "off")
+    gpt = randomized(use_kernels)
+    gpt.prepare(use_kernels)
+    assert not any(block.kernels or block.attn.kernels or block.mlp.kernels for block in gpt.blocks)
