@@ -1,26 +1,100 @@
 """Time of one training step, by part: python benchmarks/train_step.py --config configs/pr236.yaml.
 
-Forward and backward of one micro-batch, and the optimizer step, on made-up tokens and one device,
-without a Trainer: median over repeats, tokens per second, MFU and peak memory as JSON on the last
-line. ``--top N`` also prints the N kernels that take longest.
+Forward and backward of one micro-batch, the optimizer step, and the whole step with all its
+micro-batches, on made-up tokens, without a Trainer: medians over repeats, tokens per second over
+all GPUs, MFU and peak memory as JSON on the last line. ``--top N`` also prints the N kernels that
+take longest. On several GPUs, with either strategy:
+
+    torchrun --nproc-per-node 8 benchmarks/train_step.py --config ... --strategy parallel_muon
 """
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
+from timing import (
+    STRATEGIES,
+    collective_ms,
+    load_recipe,
+    median_ms,
+    peak_memory_gib,
+    processes,
+    wait,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pgl.model import GPTConfig
 from pgl.module import GolfModule
 from pgl.objective import training_loss
 from pgl.optim import build_optimizer
+from pgl.optim.ranks import Ranks
 
 PEAK_FLOPS = 785e12  # bf16 matrix product 8192^3, measured on one H200
+
+
+class TrainStep(nn.Module):
+    """A training step without its Trainer: micro-batches, reduction, optimizer.
+
+    Args:
+        module: The module that the step trains.
+        strategy: Who averages gradients if there are several processes.
+        ranks: The processes.
+        device: Of this process.
+        ids: Tokens of one micro-batch (sequences, length).
+        accumulate: Micro-batches of a step.
+    """
+
+    def __init__(
+        self,
+        module: GolfModule,
+        strategy: str,
+        ranks: Ranks,
+        device: torch.device,
+        ids: Tensor,
+        accumulate: int,
+    ) -> None:
+        super().__init__()
+        self.gpt = module.gpt
+        self.loss_config = module.loss_config
+        self.ids, self.targets = ids, ids.roll(-1, 1)
+        self.gamma = torch.tensor(module.loss_config.mile_gamma, device=device)
+        self.accumulate = accumulate
+        self.loss = torch.compile(
+            training_loss, fullgraph=True, dynamic=False, disable=not module.compile_model
+        )
+        self.optimizer = build_optimizer(
+            self.gpt, module.optimizer_config, reduce_gradients=strategy == "parallel_muon"
+        )
+        # In a list: the wrapper must not become a part of what it wraps.
+        use_ddp = ranks.count > 1 and strategy == "ddp"
+        self._wrapped = [DistributedDataParallel(self)] if use_ddp else [self]
+
+    def forward(self) -> Tensor:
+        """Return the loss of the micro-batch."""
+        with torch.autocast(self.ids.device.type, torch.bfloat16):
+            return self.loss(self.gpt, self.ids, self.targets, self.loss_config, self.gamma)
+
+    def micro_batch(self) -> None:
+        """Forward and backward, without communication."""
+        self.forward().backward()
+
+    def whole_step(self) -> None:
+        """All micro-batches, the last of which communicates under DDP, and the optimizer."""
+        [wrapped] = self._wrapped
+        quiet = getattr(wrapped, "no_sync", nullcontext)
+        for index in range(self.accumulate):
+            with quiet() if index + 1 < self.accumulate else nullcontext():
+                wrapped().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def optimizer_step(self) -> None:
+        """The optimizer alone, on the gradients that are there."""
+        self.optimizer.step()
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> float:
@@ -32,86 +106,75 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> float:
     return 6 * (config.num_layers * matrices + head) + 6 * config.num_layers * attention
 
 
-def median_ms(work: Callable[[], None], repeats: int, device: torch.device) -> tuple[float, float]:
-    """Return the median and the spread (max - min) of a call's milliseconds."""
-    times = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), max(times) - min(times)
+def measure(
+    options: argparse.Namespace, device: torch.device, ranks: Ranks
+) -> tuple[TrainStep, dict[str, Any]]:
+    """Return the step and its times."""
+    recipe, module = load_recipe(options.config, options.backend)
+    seq_len, batch_tokens = recipe["data"]["seq_len"], recipe["data"]["batch_tokens"]
+    tokens = options.micro_batch_tokens or batch_tokens // 8
+    accumulate = batch_tokens // (tokens * ranks.count)
+    if accumulate * tokens * ranks.count != batch_tokens:
+        raise SystemExit(
+            f"{batch_tokens} tokens are no whole number of micro-batches of {tokens} tokens on "
+            f"{ranks.count} devices: set --micro-batch-tokens"
+        )
+    module.gpt.to(device).prepare(device)
+    ids = torch.randint(module.gpt_config.vocab_size, (tokens // seq_len, seq_len), device=device)
+    step = TrainStep(module, options.strategy, ranks, device, ids, accumulate)
+
+    start = time.perf_counter()
+    step.whole_step()
+    wait(device)
+    first_seconds = time.perf_counter() - start
+    whole_ms, whole_spread = median_ms(step.whole_step, options.repeats, device)
+    in_collectives = collective_ms(step.whole_step, device)
+    micro_ms, micro_spread = median_ms(step.micro_batch, options.repeats, device)
+    optimizer_ms, optimizer_spread = median_ms(step.optimizer_step, options.repeats, device)
+    per_second = batch_tokens / whole_ms * 1e3
+    mfu = per_second * flops_per_token(module.gpt_config, seq_len) / (PEAK_FLOPS * ranks.count)
+    return step, {
+        "config": options.config,
+        "processes": ranks.count,
+        "strategy": options.strategy if ranks.count > 1 else None,
+        "micro_batch_tokens": tokens,
+        "accumulate": accumulate,
+        "compile_seconds": round(first_seconds, 1),
+        "step_ms": round(whole_ms, 2),
+        "step_spread_ms": round(whole_spread, 2),
+        "forward_backward_ms": round(micro_ms, 2),
+        "forward_backward_spread_ms": round(micro_spread, 2),
+        "optimizer_ms": round(optimizer_ms, 2),
+        "optimizer_spread_ms": round(optimizer_spread, 2),
+        "collectives_share": None
+        if in_collectives is None
+        else round(in_collectives / whole_ms, 4),
+        "tokens_per_second": round(per_second),
+        "mfu": round(mfu, 4),
+        "peak_memory_gib": peak_memory_gib(device),
+    }
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--config", required=True)
+    arguments.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     arguments.add_argument("--micro-batch-tokens", type=int)
     arguments.add_argument("--backend", default="auto")
     arguments.add_argument("--repeats", type=int, default=20)
     arguments.add_argument("--top", type=int, default=0)
     options = arguments.parse_args()
-    with open(options.config) as file:
-        recipe = yaml.safe_load(file)
-    parser = ArgumentParser()
-    parser.add_class_arguments(GolfModule, "model", instantiate=True)
-    parsed = parser.parse_object({"model": recipe["model"]})
-    parsed.model.gpt.attention_backend = options.backend
-    module: GolfModule = parser.instantiate(parsed).model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpt = module.gpt.to(device)
-    gpt.prepare_attention(device)
-    optimizer = build_optimizer(gpt, module.optimizer_config)
-    seq_len = recipe["data"]["seq_len"]
-    tokens = options.micro_batch_tokens or recipe["data"]["batch_tokens"] // 8
-    ids = torch.randint(module.gpt_config.vocab_size, (tokens // seq_len, seq_len), device=device)
-    targets = ids.roll(-1, 1)
-    gamma = torch.tensor(module.loss_config.mile_gamma, device=device)
-    loss_function = torch.compile(
-        training_loss, fullgraph=True, dynamic=False, disable=not module.compile_model
-    )
-
-    def micro_batch() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_function(gpt, ids, targets, module.loss_config, gamma)
-        loss.backward()
-
-    start = time.perf_counter()
-    micro_batch()
-    optimizer.step()
-    _wait(device)
-    first_seconds = time.perf_counter() - start
-    micro_ms, micro_spread = median_ms(micro_batch, options.repeats, device)
-    step_ms, step_spread = median_ms(optimizer.step, options.repeats, device)
-    accumulate = recipe["data"]["batch_tokens"] // tokens
-    per_second = recipe["data"]["batch_tokens"] / (accumulate * micro_ms + step_ms) * 1e3
-    if options.top:
-        with torch.profiler.profile(acc_events=True) as profile:
-            micro_batch()
-            _wait(device)
-        sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=sort, row_limit=options.top))
-    result = {
-        "config": options.config,
-        "micro_batch_tokens": tokens,
-        "compile_seconds": round(first_seconds, 1),
-        "forward_backward_ms": round(micro_ms, 2),
-        "forward_backward_spread_ms": round(micro_spread, 2),
-        "optimizer_ms": round(step_ms, 2),
-        "optimizer_spread_ms": round(step_spread, 2),
-        "tokens_per_second": round(per_second),
-        "mfu": round(per_second * flops_per_token(module.gpt_config, seq_len) / PEAK_FLOPS, 4),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if device.type == "cuda"
-        else None,
-    }
-    print(json.dumps(result))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    with processes() as (device, ranks):
+        step, result = measure(options, device, ranks)
+        if ranks.rank == 0:
+            if options.top:
+                with torch.profiler.profile(acc_events=True) as profile:
+                    step.micro_batch()
+                    wait(device)
+                cuda = device.type == "cuda"
+                sort = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+                print(profile.key_averages().table(sort_by=sort, row_limit=options.top))
+            print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ from pgl.optim.newton_schulz import zeropower
 from pgl.optim.schedules import (
     Progress,
     ScheduleConfig,
+    intervals_done,
     lr_scale,
     mile_gamma,
     muon_momentum,
+    scaled_decay,
+    scaled_steps,
     swa_due,
 )
 
@@ -20,12 +23,15 @@ __all__ = [
     "ScheduleConfig",
     "build_optimizer",
     "dequantize_blocks",
+    "intervals_done",
     "lr_scale",
     "mile_gamma",
     "muon_momentum",
     "parameter_groups",
     "quantize_blocks",
     "route",
+    "scaled_decay",
+    "scaled_steps",
     "swa_due",
     "zeropower",
 ]

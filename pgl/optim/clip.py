@@ -8,23 +8,21 @@ from torch import Tensor
 NORM_EPS = 1e-6
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the L2 norm over all gradients as a 0-d float32 tensor (0 if there is no gradient).
+def gradient_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the L2 norm over all gradients together as a 0-d float32 tensor.
 
     Args:
-        parameters: Parameters; those without a gradient are left out.
+        gradients: Tensors of any shapes and types; without any the norm is 0.
+        device: Where they are.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    device = torch.device("cpu")
-    for parameter in parameters:
-        device = parameter.device
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
     # float32 inside: the norm of a bf16 gradient would otherwise be rounded to 8 bits.
     norms = [
         norm
-        for gradients in by_dtype.values()
-        for norm in torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        for members in by_dtype.values()
+        for norm in torch._foreach_norm(members, 2, dtype=torch.float32)
     ]
     if not norms:
         return torch.zeros((), device=device)

@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pgl.optim.muon import DecayOrder, MomentumFormat
-from pgl.optim.muon_adamw import MuonAdamW
+from pgl.optim.momentum import MomentumFormat
+from pgl.optim.muon import DecayOrder
+from pgl.optim.muon_adamw import Clip, MuonAdamW
 from pgl.optim.newton_schulz import NSCoefficients, step_coefficients
+
+MAX_RATE = 1000
+"""Largest learning rate or decay: a weight that moves so far says nothing any more."""
+RATES = (
+    *("matrix_lr", "scalar_lr", "embedding_lr", "head_lr"),
+    *("muon_weight_decay", "adam_weight_decay", "head_weight_decay"),
+)
 
 GroupName = Literal["embedding", "matrix", "scalar", "head"]
 
@@ -47,6 +55,9 @@ class OptimizerConfig:
     """Added to the denominator of AdamW."""
     grad_clip_norm: float | None = 0.3
     """Global gradient norm to clip to, null for no clipping."""
+    clip: Clip = "reduced"
+    """Gradient that is clipped: reduced (the mean over all devices) or local (each device's own,
+    before the mean, as PR 703; needs trainer.strategy parallel_muon)."""
     momentum_format: MomentumFormat = "float32"
     """How Muon keeps its momentum; int8 saves memory and no time."""
     compile: bool = True
@@ -59,10 +70,8 @@ class OptimizerConfig:
     """Learning rate of the bigram table: embedding_lr or scalar_lr (PR 236)."""
 
     def __post_init__(self) -> None:
-        for name in ("matrix_lr", "scalar_lr", "embedding_lr", "head_lr"):
-            _check(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("muon_weight_decay", "adam_weight_decay", "head_weight_decay"):
-            _check(getattr(self, name) >= 0, name, "must not be negative")
+        for name in RATES:
+            _check(0 <= getattr(self, name) <= MAX_RATE, name, f"must be from 0 to {MAX_RATE}")
         for name in ("beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         _check(self.eps > 0, "eps", "must be positive")
@@ -70,6 +79,11 @@ class OptimizerConfig:
             self.grad_clip_norm is None or self.grad_clip_norm > 0,
             "grad_clip_norm",
             "must be positive, or null for no clipping",
+        )
+        _check(
+            self.clip == "reduced" or self.grad_clip_norm is not None,
+            "clip",
+            "is local, so grad_clip_norm must say what to clip to",
         )
         step_coefficients(self.ns_coefficients, self.ns_steps)
 
@@ -131,15 +145,20 @@ def parameter_groups(
     return groups
 
 
-def build_optimizer(gpt: nn.Module, config: OptimizerConfig) -> MuonAdamW:
+def build_optimizer(
+    gpt: nn.Module, config: OptimizerConfig, reduce_gradients: bool = False
+) -> MuonAdamW:
     """Make the optimizer of a model.
 
     Args:
         gpt: The model, already on its device.
         config: Settings.
+        reduce_gradients: Whether the optimizer averages the gradients of the processes (Parallel
+            Muon); otherwise somebody has done so before it steps (DDP).
 
     Raises:
-        ValueError: The model has nothing to train.
+        ValueError: The model has nothing to train, or ``clip`` is local with gradients that are
+            averaged before.
     """
     groups = parameter_groups(gpt.named_parameters(), config)
     if not groups:
@@ -148,8 +167,10 @@ def build_optimizer(gpt: nn.Module, config: OptimizerConfig) -> MuonAdamW:
     return MuonAdamW(
         groups,
         grad_clip_norm=config.grad_clip_norm,
+        clip=config.clip,
         momentum_format=config.momentum_format,
         compile=config.compile and on_cuda,
+        reduce_gradients=reduce_gradients,
     )
 
 

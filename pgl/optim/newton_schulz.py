@@ -11,6 +11,7 @@ from torch import Tensor
 NSCoefficients = Literal["keller", "polar_express"]
 
 NORM_EPS = 1e-7
+MAX_STEPS = 100
 POLAR_EXPRESS_SAFETY = 1.01
 """Head room: rounding must not push a singular value above 1, where the early steps diverge."""
 
@@ -36,10 +37,10 @@ def step_coefficients(name: str, steps: int) -> list[tuple[float, float, float]]
     """Return (a, b, c) of each step of ``X <- a X + (b A + c A A) X`` with ``A = X X^T``.
 
     Raises:
-        ValueError: The name is unknown or there is no step.
+        ValueError: The name is unknown, or there is no step or over 100.
     """
-    if steps < 1:
-        raise ValueError(f"ns_steps must be at least 1, got {steps}.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"ns_steps must be from 1 to {MAX_STEPS}, got {steps}.")
     if name == "keller":
         return [KELLER] * steps
     if name == "polar_express":

@@ -1,10 +1,23 @@
 """Schedules as pure functions of how far a run has come. No clock and no state in here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 _MIN_WINDOW = 1e-12
+
+
+def scaled_steps(steps: int, step_scale: float) -> int:
+    """Return a number of steps for a run whose steps are ``step_scale`` times the recipe's.
+
+    Rounded, and at least 1; 0 stays 0, which switches something off.
+    """
+    return max(round(steps * step_scale), 1) if steps else 0
+
+
+def scaled_decay(decay: float, step_scale: float) -> float:
+    """Return the decay that forgets as much in ``step_scale`` steps as ``decay`` does in one."""
+    return decay ** (1.0 / step_scale)
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,18 @@ class ScheduleConfig:
                 raise ValueError(
                     f"schedule setting {name} must be at least 0 and below 1, got {value}."
                 )
+
+    def scaled(self, step_scale: float) -> "ScheduleConfig":
+        """Return the schedule of a run with ``step_scale`` times the recipe's steps.
+
+        What counts steps shrinks with the run; fractions, shapes and values stay.
+        """
+        warmdown, warmup = self.warmdown_steps, self.momentum_warmup_steps
+        return replace(
+            self,
+            warmdown_steps=None if warmdown is None else scaled_steps(warmdown, step_scale),
+            momentum_warmup_steps=None if warmup is None else scaled_steps(warmup, step_scale),
+        )
 
 
 def _exactly_one(steps_name: str, steps: int | None, fraction: float | None) -> None:
@@ -183,3 +208,9 @@ def swa_due(
         raise ValueError(f"every_steps of the snapshots must be at least 1, got {every_steps}.")
     number = step if count_from == "zero" else step + 1
     return scale < start_scale and number % every_steps == 0
+
+
+def intervals_done(progress: Progress, every_fraction: float) -> int:
+    """Return how many whole intervals, each ``every_fraction`` of the run, are over."""
+    # The small addend: 0.3 / 0.1 is just below 3 in floating point.
+    return math.floor(progress.fraction / every_fraction + 1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from runs import digest
+from runs import digest, rank_environment
 
 import callbacks
 import pgl.io
@@ -83,6 +83,21 @@ def run(config: Path, moment: str | None = None, *details: Any) -> None:
     main(arguments(config))
 
 
+def run_rank(command: list[str], signals: dict[int, tuple[int, int]]) -> None:
+    """Run a command line as one rank of a job.
+
+    Args:
+        command: The command line.
+        signals: By rank, the step within which it gets a signal, and which.
+    """
+    torch.set_num_threads(1)
+    os.environ.update(rank_environment)
+    rank = int(rank_environment["LOCAL_RANK"])
+    if rank in signals:
+        in_step(*signals[rank])
+    main(command)
+
+
 def outcome(config: Path) -> dict[str, Any]:
     """Return what a run must have come to, however often it was interrupted."""
     folder = config.parent / config.stem
@@ -98,7 +113,12 @@ def outcome(config: Path) -> dict[str, Any]:
     }
     if (folder / "report.json").exists():
         report = yaml.safe_load((folder / "report.json").read_text())
-        parts["scores"] = report["scores"]
+        # Targets are not counted where Lightning has just scored the same weights.
+        counted = ("repeated", "missed")
+        parts["scores"] = [
+            {key: value for key, value in score.items() if key not in counted}
+            for score in report["scores"]
+        ]
         parts["artifact"] = digest(load(folder / "model.pgl").state_dict)
     return parts
 
@@ -132,7 +152,7 @@ def in_write(count: int) -> None:
 
 def in_quantising() -> None:
     """Die when the weights are about to be quantised."""
-    _at_call(gptq_export, "quantize_state", 1, _die)
+    _at_call(gptq_export, "StateQuantizer", 1, _die)
 
 
 def before_reading_back() -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import callbacks
-from callbacks import gptq_export
+from pgl.artifact import Packed
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.cli import TRAINER_DEFAULTS
 from pgl.data import Shards, TokenDataModule
@@ -101,7 +101,11 @@ class Fit:
         return next(c for c in self.trainer.callbacks if isinstance(c, kind))
 
     def state(self) -> dict[str, Any]:
-        """Return weights, optimizer state and averages, as nested containers of tensors."""
+        """Return weights, optimizer state and averages, as nested containers of tensors.
+
+        All ranks must call it: each keeps a part of the optimizer's state.
+        """
+        self.trainer.optimizers[0].consolidate_state_dict()
         return {
             "weights": self.module.state_dict(),
             "optimizer": self.trainer.optimizers[0].state_dict(),
@@ -150,6 +154,7 @@ def fit(
     ckpt_path: Path | None = None,
     extra: tuple[Callback, ...] = (),
     batch_tokens: int = 256,
+    strategy: str = "ddp",
     expected: tuple[type[BaseException], ...] = (),
     **overrides: Any,
 ) -> Fit:
@@ -183,8 +188,11 @@ def fit(
     recorder = Recorder()
     keys = {
         "budget": callbacks.WallClockBudget(seconds=None, steps=6, warmup_steps=0),
+        "ranks": callbacks.RankWatch(timeout_seconds=60),
+        "qat": callbacks.QuantizationAwareTraining(),
         "averaging": callbacks.WeightAveraging(callbacks.EMAConfig(decay=0.5)),
         "metrics": callbacks.TrainingMetrics(),
+        "divergence": callbacks.DivergenceGuard(),
         "artifact": callbacks.GPTQExport(),
         "validation": callbacks.SlidingWindowBPB(stride_tokens=8),
         "report": callbacks.RunReport(),
@@ -203,7 +211,7 @@ def fit(
         "enable_model_summary": False,
         "accelerator": "cpu",
         "devices": devices,
-        "strategy": "ddp" if devices > 1 else "auto",
+        "strategy": strategy if devices > 1 else "auto",
     }
     trainer = GolfTrainer(
         callbacks=[*chosen, recorder, *extra], plugins=[GolfCheckpointIO()], **settings
@@ -224,16 +232,16 @@ class counted_artifacts:
         self.run = run
 
     def __enter__(self) -> None:
-        self._save = gptq_export.save
+        self._write = Packed.write
 
-        def save(*args: Any, **kwargs: Any) -> Any:
+        def write(*args: Any, **kwargs: Any) -> Any:
             self.run.artifacts_written += 1
-            return self._save(*args, **kwargs)
+            return self._write(*args, **kwargs)
 
-        gptq_export.save = save
+        Packed.write = write
 
     def __exit__(self, *error: object) -> None:
-        gptq_export.save = self._save
+        Packed.write = self._write
 
 
 def digest(tree: Any) -> str:

@@ -85,3 +85,17 @@ def one_fit(folder: Path, source: Source, settings: dict[str, Any]) -> None:
     """One fit on however many ranks."""
     run = fit(folder / "whole", source, **settings)
     torch.save(run.summary(), folder / f"whole.{run.trainer.global_rank}.pt")
+
+
+def parallel_muon(folder: Path, source: Source, settings: dict[str, Any]) -> None:
+    """Everything that ranks do under Parallel Muon."""
+
+    def keep(name: str, **more: Any) -> None:
+        run = fit(folder / name, source, strategy="parallel_muon", **settings, **more)
+        torch.save(run.summary(), folder / f"{name}.{run.trainer.global_rank}.pt")
+
+    keep("whole", budget=WallClockBudget(seconds=None, steps=6, warmup_steps=2))
+    keep("part", expected=(Crashed,), **CRASHING)
+    keep("resumed", ckpt_path=folder / "part" / "last.ckpt")
+    keep("signalled", expected=(SIGTERMException,), extra=(SignalOneRank(rank=1, step=2),))
+    keep("after_signal", ckpt_path=folder / "signalled" / "last.ckpt")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pgl.artifact import is_artifact
 from pgl.data import Shards
@@ -13,10 +12,10 @@ from pgl.data import Shards
 sys.path.append(str(Path(__file__).parent))
 
 import scenarios
-from runs import TARGETS, digest, fit, in_ranks, leaves
+from compare import assert_close, one_process, results
+from runs import TARGETS, digest, in_ranks
 
 RANKS = (0, 1)
-CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +39,6 @@ def ddp(tmp_path_factory, source) -> Path:
     checkpoint = part.folder / "last.ckpt"
     assert in_ranks(len(RANKS), scenarios.ddp, folder, source, checkpoint) == [0, 0]
     return folder
-
-
-def one_process(folder: Path, source, **settings: Any):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run = fit(folder, source, **settings)
-    finally:
-        torch.set_num_threads(threads)
-    return run
-
-
-def results(folder: Path, name: str, ranks: tuple[int, ...] = RANKS) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in ranks]
-
-
-def assert_close(actual: Any, expected: Any) -> None:
-    """Nested containers hold the same numbers up to the rounding of another order of summation."""
-    for (path, a), (expected_path, e) in zip(leaves(actual), leaves(expected), strict=True):
-        assert path == expected_path
-        if isinstance(e, torch.Tensor):
-            torch.testing.assert_close(a, e, **CLOSE, msg=lambda text, path=path: f"{path}: {text}")
-        else:
-            assert a == pytest.approx(e, rel=1e-3) if isinstance(e, float) else a == e, path
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """Pieces of Muon against their obvious twins."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import Parameter
 
 from pgl.optim.int8_momentum import dequantize_blocks, quantize_blocks
+from pgl.optim.momentum import FloatMomentum, Int8Momentum
 from pgl.optim.muon import (
-    FloatMomentum,
-    Int8Momentum,
+    advance_stacks,
     apply_update_,
+    compiled_copy,
     momentum_direction,
     shape_scale,
-    sharded_update,
 )
+from pgl.optim.ranks import Ranks
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,56 +47,95 @@ def test_decay_before_and_after() -> None:
         torch.testing.assert_close(ours, expected)
 
 
+def advance(
+    M: torch.Tensor, G: torch.Tensor, grad_scale: torch.Tensor | None, places: int
+) -> torch.Tensor:
+    dtype = torch.float64
+    arguments = (grad_scale, 0.9, True, [places], 5, "keller", dtype, [dtype])
+    [directions] = advance_stacks([M], [G], *arguments)
+    return directions
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shards_together_are_the_whole(world_size: int) -> None:
+def test_shares_together_are_the_whole(world_size: int) -> None:
     count = 5
-    G, start = random(count, 6, 4), random(count, 6, 4, seed=1)
-    settings = (True, 5, "keller", torch.float64)
-
-    def run(M: torch.Tensor, first: int, size: int) -> torch.Tensor:
-        nesterov, steps, coefficients, dtype = settings
-        return sharded_update(
-            M, G.double(), None, 0.9, nesterov, first, size, steps, coefficients, dtype
-        )
-
-    whole_M = start.double()
-    whole = run(whole_M, 0, count)
-    size = -(-count // world_size)
-    shards = []
+    G, start = random(count, 6, 4).double(), random(count, 6, 4, seed=1).double()
+    whole_M = start.clone()
+    whole = advance(whole_M, G, None, count)
+    shares = []
     for rank in range(world_size):
-        M = start.double()
-        shards.append(run(M, rank * size, size))
-        assert torch.equal(M, whole_M)
-    gathered = torch.cat(shards)
+        ranks = Ranks(rank, world_size)
+        own = slice(ranks.own(count).start, ranks.own(count).stop)
+        M = start[own].clone()
+        shares.append(advance(M, G[own], None, ranks.places(count)))
+        assert torch.equal(M, whole_M[own])
+    gathered = torch.cat(shares)
     torch.testing.assert_close(gathered[:count], whole, rtol=1e-7, atol=1e-9)
     assert not gathered[count:].any()
 
 
+def test_several_stacks_at_once_are_those_one_by_one() -> None:
+    shapes = [(3, 6, 4), (2, 4, 6), (1, 5, 5)]
+    gradients = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    together = [torch.zeros(shape) for shape in shapes]
+    arguments = (torch.tensor(0.5), 0.9, True)
+    directions = advance_stacks(
+        together, gradients, *arguments, [3, 2, 2], 5, "keller", torch.float32, [torch.float32] * 3
+    )
+    for M, G, O_KRC, places in zip(together, gradients, directions, [3, 2, 2], strict=True):
+        alone = torch.zeros_like(M)
+        [expected] = advance_stacks(
+            [alone], [G], *arguments, [places], 5, "keller", torch.float32, [torch.float32]
+        )
+        assert O_KRC.is_contiguous()
+        torch.testing.assert_close(O_KRC, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(M, alone)
+
+
 def test_gradient_scale_acts_before_the_momentum() -> None:
-    G = random(2, 4, 4)
-    scaled, plain = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
-    arguments = (0.9, True, 0, 2, 5, "keller", torch.float32)
-    sharded_update(scaled, G, torch.tensor(0.25), *arguments)
-    sharded_update(plain, G * 0.25, None, *arguments)
+    G = random(2, 4, 4).double()
+    scaled, plain = torch.zeros_like(G), torch.zeros_like(G)
+    advance(scaled, G, torch.tensor(0.25).double(), 2)
+    advance(plain, G * 0.25, None, 2)
     assert torch.equal(scaled, plain)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 22])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_item_has_one_owner(world_size: int, count: int) -> None:
+    ranks = [Ranks(rank, world_size) for rank in range(world_size)]
+    owned = [item for rank in ranks for item in rank.own(count)]
+    assert owned == list(range(count))
+    assert all(len(rank.own(count)) <= rank.places(count) for rank in ranks)
+    assert ranks[0].places(count) * world_size < count + world_size
+
+
 def test_float_state_is_a_view_of_the_stack() -> None:
-    stack = FloatMomentum([Parameter(random(3, 4)) for _ in range(2)], torch.bfloat16)
-    stack.read()[1] = 2.0
-    assert stack.state(1)["momentum_buffer"].eq(2.0).all()
-    assert stack.state(0)["momentum_buffer"].eq(0.0).all()
-    assert stack.read().dtype == torch.bfloat16
+    momentum = FloatMomentum(2, Parameter(random(3, 4)), torch.bfloat16)
+    momentum.read()[1] = 2.0
+    assert momentum.stacks["momentum_buffer"][1].eq(2.0).all()
+    assert momentum.stacks["momentum_buffer"][0].eq(0.0).all()
+    assert momentum.read().dtype == torch.bfloat16
 
 
 def test_int8_momentum_reads_what_was_written() -> None:
-    parameters = [Parameter(random(20, 30)) for _ in range(3)]  # 600 values: 2 blocks and a rest
-    stack = Int8Momentum(parameters)
-    assert not stack.read().any()
+    momentum = Int8Momentum(3, Parameter(random(20, 30)))  # 600 values: 2 blocks and a rest
+    assert not momentum.read().any()
     M = random(3, 20, 30, seed=4).bfloat16()
-    stack.write(M)
+    momentum.write(M)
     for i in range(3):
         codes, scale = quantize_blocks(M[i].flatten())
-        assert torch.equal(stack.state(i)["momentum_codes"], codes)
-        assert torch.equal(stack.state(i)["momentum_scale"], scale)
-        assert torch.equal(stack.read()[i], dequantize_blocks(codes, scale, 600).view(20, 30))
+        assert torch.equal(momentum.stacks["momentum_codes"][i], codes)
+        assert torch.equal(momentum.stacks["momentum_scale"][i], scale)
+        assert torch.equal(momentum.read()[i], dequantize_blocks(codes, scale, 600).view(20, 30))
+
+
+@pytest.mark.slow
+def test_compiled_copies_have_a_recompile_limit_each() -> None:
+    def times(G: torch.Tensor, factor: float) -> torch.Tensor:
+        return G * factor
+
+    # Ten shapes: more than Dynamo's recompile limit of one function.
+    copies: list[Callable[..., Any]] = [compiled_copy(times) for _ in range(10)]
+    for size, copy in enumerate(copies, start=2):
+        assert copy(torch.ones(size), 2.0).sum() == 2 * size

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgl.optim import Progress, ScheduleConfig, lr_scale, mile_gamma, muon_momentum, swa_due
+from pgl.optim import (
+    Progress,
+    ScheduleConfig,
+    intervals_done,
+    lr_scale,
+    mile_gamma,
+    muon_momentum,
+    scaled_decay,
+    scaled_steps,
+    swa_due,
+)
 
 
 def seconds(elapsed: float, step: int = 1000, budget: float = 600.0) -> Progress:
@@ -139,3 +149,54 @@ def test_progress_without_an_end_is_refused() -> None:
 def test_bad_settings_are_refused_by_name(settings_: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ScheduleConfig(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scale", "warmdown_steps", "momentum_warmup_steps"),
+    [
+        ("236", 405 / 7000, 174, 87),
+        ("236", 420 / 9000, 140, 70),  # the reference's three minutes on one H200
+        ("324", 0.1, 300, 150),
+        ("388", 0.1, 400, 150),
+        ("703", 290 / 7000, 145, 62),  # likewise
+    ],
+)
+def test_a_shorter_run_has_a_shorter_schedule(
+    recipe: str, scale: float, warmdown_steps: int, momentum_warmup_steps: int
+) -> None:
+    steps = {"236": 3000, "324": 3000, "388": 4000, "703": 3500}[recipe]
+    shape = "cosine" if recipe == "324" else "linear"
+    config = ScheduleConfig(warmdown_shape=shape, warmdown_steps=steps)
+    scaled = config.scaled(scale)
+    assert scaled.warmdown_steps == warmdown_steps
+    assert scaled.momentum_warmup_steps == momentum_warmup_steps
+    assert scaled.warmdown_shape == shape
+    assert config.scaled(1.0) == config
+    # The same part of a run of the same number of steps over all.
+    for part in (0.2, 0.5, 0.8):
+        whole, short = seconds(600 * part, round(7000 * part)), seconds(600 * part, 1)
+        short = Progress(round(7000 * scale * part), short.elapsed_seconds, 600.0, None)
+        assert lr_scale(short, scaled) == pytest.approx(lr_scale(whole, config), abs=0.02)
+        assert muon_momentum(short, scaled) == pytest.approx(muon_momentum(whole, config), abs=2e-3)
+
+
+def test_what_is_a_fraction_or_off_does_not_scale() -> None:
+    config = ScheduleConfig(
+        warmdown_steps=None,
+        warmdown_fraction=0.4,
+        warmdown_max_fraction=0.5,
+        momentum_warmup_steps=0,
+    )
+    assert config.scaled(0.05) == config
+
+
+def test_scaled_steps_and_decay() -> None:
+    assert [scaled_steps(n, 0.1) for n in (0, 1, 4, 25, 3000)] == [0, 1, 1, 2, 300]
+    assert scaled_decay(0.99, 0.5) == pytest.approx(0.99**2)
+    assert scaled_decay(0.99, 1.0) == 0.99
+    assert scaled_decay(0.0, 0.1) == 0.0
+
+
+def test_intervals_done() -> None:
+    assert [intervals_done(steps(n, 10), 0.1) for n in range(11)] == list(range(11))
+    assert [intervals_done(steps(n, 10), 0.25) for n in (0, 2, 3, 4, 5, 10)] == [0, 0, 1, 1, 2, 4]

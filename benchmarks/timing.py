@@ -1,0 +1,88 @@
+"""What the benchmarks share: recipes, processes, and times of calls that may run on a GPU."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from jsonargparse import ArgumentParser
+
+from pgl.module import GolfModule
+from pgl.optim.ranks import Ranks
+
+STRATEGIES = ("ddp", "parallel_muon")
+
+
+def load_recipe(path: str, backend: str = "auto") -> tuple[dict[str, Any], GolfModule]:
+    """Return a configuration file's contents and its module, with an attention backend."""
+    with open(path) as file:
+        recipe = yaml.safe_load(file)
+    parser = ArgumentParser()
+    parser.add_class_arguments(GolfModule, "model", instantiate=True)
+    parsed = parser.parse_object({"model": recipe["model"]})
+    parsed.model.gpt.attention_backend = backend
+    return recipe, parser.instantiate(parsed).model
+
+
+@contextmanager
+def processes() -> Iterator[tuple[torch.device, Ranks]]:
+    """Give the device and place of this process; join the others if torchrun started several."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if not dist.is_torchelastic_launched():
+        yield torch.device(kind), Ranks()
+        return
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    yield device, Ranks.of(None)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def median_ms(work: Callable[[], None], repeats: int, device: torch.device) -> tuple[float, float]:
+    """Return the median and the spread (max - min) of a call's milliseconds."""
+    times = []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), max(times) - min(times)
+
+
+def wait(device: torch.device) -> None:
+    """Wait for everything that was queued on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def collective_ms(work: Callable[[], None], device: torch.device) -> float | None:
+    """Return the milliseconds that NCCL's kernels run in a call; None if there is no NCCL.
+
+    They include waiting for other ranks. All ranks must call it.
+    """
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(acc_events=True) as profile:
+        work()
+        wait(device)
+    microseconds = sum(
+        event.self_device_time_total
+        for event in profile.key_averages()
+        if event.key.startswith("nccl") and event.device_type.name == "CUDA"
+    )
+    return microseconds / 1e3
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Return the most memory that was in use on a GPU."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
