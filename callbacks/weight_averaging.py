@@ -1,8 +1,8 @@
 """Averages of the weights over the run: exponential, stochastic (SWA) and of the last snapshots."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,59 +13,16 @@ from typing_extensions import override
 
 from callbacks.find import find_callback
 from callbacks.wall_clock_budget import WallClockBudget
-from pgl.averaging import ExponentialAverage, LastAverage, UniformAverage
-from pgl.optim import Progress, swa_due
+from pgl.average_config import Average, EMAConfig, SnapshotConfig, ema_decay, make_average
+from pgl.averaging import ExponentialAverage
+from pgl.evaluate import BitsPerByte, evaluate_windows
+from pgl.optim import Progress, intervals_done, swa_due
 
-Source = Literal["raw", "ema", "swa"]
-Average = ExponentialAverage | UniformAverage | LastAverage
+AverageName = Literal["ema", "swa", "last"]
+Source = Literal["raw", "ema", "swa", "last"]
 
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """An exponential moving average (PR #703: decay 0.997, worth about 0.001 BPB)."""
-
-    decay: float = 0.997
-    """Share of the old average that a new step keeps."""
-    horizon_fraction: float | None = None
-    """Averaging horizon 1 / (1 - decay) as a fraction of the run, in place of decay: a short run is
-    then not averaged with its own initialisation."""
-    start_fraction: float = 0.0
-    """Share of the budget after which averaging starts."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"averaging.ema.decay must be in [0, 1), got {self.decay}")
-        if self.horizon_fraction is not None and not 0 < self.horizon_fraction <= 1:
-            raise ValueError(
-                f"averaging.ema.horizon_fraction must be in (0, 1], got {self.horizon_fraction}"
-            )
-        if not 0 <= self.start_fraction < 1:
-            raise ValueError(
-                f"averaging.ema.start_fraction must be in [0, 1), got {self.start_fraction}"
-            )
-
-
-@dataclass(frozen=True)
-class SnapshotConfig:
-    """Snapshots at regular steps once the learning rate has fallen far enough."""
-
-    every_steps: int = 50
-    """Optimizer steps between snapshots (PR #236: 200, #324: 25, #388: 50)."""
-    start_scale: float = 0.2
-    """Snapshots are taken while the learning-rate scale is below this (#236: 0.5, #324: 0.35);
-    above 1 the whole run is covered."""
-    count_from: Literal["zero", "one"] = "one"
-    """Number of the first step when counting every_steps (#236: zero)."""
-    keep: int | None = None
-    """Average only the most recent so many snapshots. None: all of them."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"averaging: every_steps must be at least 1, got {self.every_steps}")
-        if self.start_scale <= 0:
-            raise ValueError(f"averaging: start_scale must be positive, got {self.start_scale}")
-        if self.keep is not None and self.keep < 1:
-            raise ValueError(f"averaging: keep must be at least 1 or null, got {self.keep}")
+NAMES: tuple[AverageName, ...] = get_args(AverageName)
+INITIAL_SHARE_WARNED_OF = 0.05
 
 
 class WeightAveraging(Callback):
@@ -78,40 +35,63 @@ class WeightAveraging(Callback):
 
     Note:
         An average that was asked for and never updated is reported and warned about; the raw
-        weights are exported then, never the initial ones.
+        weights are exported then, never the initial ones. An EMA that still holds more than 5 % of
+        the initial weights when training ends is warned about as well.
+
+    Note:
+        Numbers of steps and the EMA's decay are those of the full recipe; ``budget.step_scale``
+        fits them to a shorter run.
 
     Example::
 
-        WeightAveraging(ema=EMAConfig(decay=0.997), source="ema")
+        WeightAveraging(ema=EMAConfig(decay=0.997), source="ema", score=["ema"])
 
     Args:
         ema: Exponential moving average. None: off.
         swa: Mean of snapshots taken late in the run. None: off.
+        last: Mean of the most recent ``keep`` snapshots, a second such average. None: off.
         source: The weights that are exported and saved as the model.
+        score: Averages that each validation during training scores too, on the windows of the raw
+            weights and while the clock stands still: all of them (true), or those named.
         device: Where averages are kept: with the weights, or in the host's memory.
 
     Raises:
-        ValueError: If the source is an average that is off.
+        ValueError: If the source or a scored average is off, or ``last`` has no ``keep``.
     """
 
     def __init__(
         self,
         ema: EMAConfig | None = EMAConfig(),
         swa: SnapshotConfig | None = None,
+        last: SnapshotConfig | None = None,
         source: Source = "ema",
+        score: bool | list[AverageName] = False,
         device: Literal["weights", "cpu"] = "weights",
     ) -> None:
-        if source != "raw" and {"ema": ema, "swa": swa}[source] is None:
+        configs = {"ema": ema, "swa": swa, "last": last}
+        if source != "raw" and configs[source] is None:
             raise ValueError(
                 f"averaging.source is {source} but averaging.{source} is off: switch it on, or set "
                 "averaging.source to raw"
             )
+        for name in score if isinstance(score, list) else ():
+            if configs[name] is None:
+                raise ValueError(
+                    f"averaging.score names {name} but averaging.{name} is off: switch it on"
+                )
+        if last is not None and last.keep is None:
+            raise ValueError("averaging.last.keep must say how many snapshots to average")
         self.ema = ema
         self.swa = swa
+        self.last = last
         self.source = source
+        self.score = score
         self.device = device
+        self.configs: dict[str, EMAConfig | SnapshotConfig] = {}
+        """The averages that are on, as this run keeps them: fitted to the budget's step_scale."""
         self.averages: dict[str, Average] = {}
         self.first_update_step: dict[str, int] = {}
+        self._intervals: dict[str, int] = {}
         self._steps_seen = 0
 
     @override
@@ -119,13 +99,13 @@ class WeightAveraging(Callback):
         """Called when fit begins: make the averages, empty."""
         if stage != "fit":
             return
+        step_scale = find_callback(trainer, WallClockBudget).step_scale
         device = "cpu" if self.device == "cpu" else None
-        if self.ema is not None:
-            self.averages.setdefault("ema", ExponentialAverage(self.ema.decay, device=device))
-        if self.swa is not None:
-            keep = self.swa.keep
-            swa = LastAverage(keep, device=device) if keep else UniformAverage(device=device)
-            self.averages.setdefault("swa", swa)
+        for name in NAMES:
+            config = getattr(self, name)
+            if config is not None:
+                self.configs[name] = config.scaled(step_scale)
+                self.averages.setdefault(name, make_average(self.configs[name], device))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,27 +128,40 @@ class WeightAveraging(Callback):
             return
         self._steps_seen = trainer.global_step
         progress = find_callback(trainer, WallClockBudget).progress
-        if self.ema is not None and progress.fraction >= self.ema.start_fraction:
-            decay = ema_decay(progress, self.ema)
-            self._update("ema", trainer.global_step, pl_module, decay=decay)
-        if self.swa is not None and swa_due(
-            trainer.global_step - 1,
-            pl_module.lr_scale,
-            self.swa.start_scale,
-            self.swa.every_steps,
-            self.swa.count_from,
-        ):
-            self._update("swa", trainer.global_step, pl_module)
+        for name, config in self.configs.items():
+            if isinstance(config, EMAConfig):
+                if progress.fraction >= config.start_fraction:
+                    decay = ema_decay(progress, config)
+                    self._update(name, progress.step, pl_module, decay=decay)
+            elif self._snapshot_due(name, config, progress, pl_module.lr_scale):
+                self._update(name, progress.step, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation has scored the raw weights: score averages on the same windows."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name in NAMES if self.score is True else self.score or ():
+            if name in self.averages and self.averages[name].count > 0:
+                bpb = self._score(trainer, pl_module, name)
+                # Every rank has the sum of all ranks: the mean is the value itself.
+                pl_module.log(f"val/bpb_{name}", bpb, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends: say so if an average never acted."""
+        """Called when training ends: warn of an average that did not do what it is for."""
         for name, average in self.averages.items():
             if average.count == 0:
                 rank_zero_warn(
                     f"averaging.{name} was never updated: the run ended before its start condition "
                     "was met, so the raw weights stand in for it"
                 )
+        share = self._initial_share()
+        if share > INITIAL_SHARE_WARNED_OF:
+            rank_zero_warn(
+                f"averaging.ema still holds {share:.0%} of the weights that training began with: "
+                "set budget.step_scale, averaging.ema.horizon_fraction or a smaller decay"
+            )
 
     @override
     def on_save_checkpoint(
@@ -195,6 +188,7 @@ class WeightAveraging(Callback):
         return {
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "first_update_step": dict(self.first_update_step),
+            "intervals": dict(self._intervals),
         }
 
     @override
@@ -203,7 +197,7 @@ class WeightAveraging(Callback):
         for name, state in state_dict["averages"].items():
             if name in self.averages:
                 self.averages[name].load_state_dict(state)
-            elif {"ema": self.ema, "swa": self.swa}[name] is None:
+            elif getattr(self, name) is None:
                 rank_zero_warn(
                     f"the checkpoint's {name} average of {state['count']} updates is dropped "
                     f"because averaging.{name} is off: switch it on to go on with it"
@@ -213,6 +207,7 @@ class WeightAveraging(Callback):
             for name, step in state_dict["first_update_step"].items()
             if name in self.averages
         }
+        self._intervals = dict(state_dict.get("intervals", {}))
 
     def weights(self, pl_module: pl.LightningModule, source: Source) -> Mapping[str, Tensor]:
         """Return the GPT's weights by name: those of an average, or the raw ones.
@@ -234,11 +229,12 @@ class WeightAveraging(Callback):
         return self.weights(pl_module, self.source)
 
     def report(self) -> dict[str, Any]:
-        """Return which averages acted, and from which step on."""
+        """Return the averages as they were kept, whether they acted, and from which step on."""
         return {
             "source": self.source,
             **{
                 name: {
+                    "setting": str(self.configs[name]),
                     "updates": average.count,
                     "first_update_step": self.first_update_step.get(name),
                 }
@@ -256,14 +252,40 @@ class WeightAveraging(Callback):
         else:
             average.update(weights)
 
+    def _snapshot_due(
+        self, name: str, config: SnapshotConfig, progress: Progress, scale: float
+    ) -> bool:
+        if config.every_steps is not None:
+            return swa_due(
+                progress.step - 1, scale, config.start_scale, config.every_steps, config.count_from
+            )
+        assert config.every_fraction is not None
+        before = self._intervals.get(name, 0)
+        self._intervals[name] = intervals_done(progress, config.every_fraction)
+        return self._intervals[name] > before and scale < config.start_scale
 
-def ema_decay(progress: Progress, config: EMAConfig) -> float:
-    """Return the decay of one EMA update.
+    def _score(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: AverageName
+    ) -> Tensor:
+        data = trainer.datamodule
+        (num_batches,) = trainer.num_val_batches  # trainer.limit_val_batches cuts it short
+        batches = islice(data.val_dataloader(), int(num_batches))
+        with (
+            pl_module.with_weights(self.weights(pl_module, name)),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            result = evaluate_windows(
+                pl_module.gpt,
+                batches,
+                BitsPerByte(data.byte_table),  # the module's own is about to report the raw weights
+                device=pl_module.device,
+                score=pl_module.score_batch,
+            )
+        return result["bpb"]
 
-    With ``horizon_fraction`` the horizon 1 / (1 - decay) is that share of the run's expected number
-    of steps, taken from the pace so far.
-    """
-    if config.horizon_fraction is None:
-        return config.decay
-    expected_steps = progress.step / max(progress.fraction, 1e-6)
-    return 1.0 - 1.0 / max(config.horizon_fraction * expected_steps, 1.0)
+    def _initial_share(self) -> float:
+        """Return how much of the EMA is still the weights that training began with."""
+        config, started = self.configs.get("ema"), self.first_update_step.get("ema")
+        if not isinstance(config, EMAConfig) or config.horizon_fraction or started != 0:
+            return 0.0
+        return config.decay ** (self.averages["ema"].count - 1)

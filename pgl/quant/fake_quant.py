@@ -1,11 +1,47 @@
 """Fake quantisation: the forward pass sees rounded weights, the gradient does not notice."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from pgl.quant.groups import Group
 
 SMALLEST_ROW_MAX = 1e-12  # keeps an all-zero row from dividing by zero
 
 # Shape suffixes: O output row, I input column.
+
+
+@dataclass(frozen=True)
+class FakeQuantConfig:
+    """Which linear layers are fake-quantised, and on what grid. The defaults are PR #324's."""
+
+    attention: int | None = 6
+    """Bits of the query, key, value and output projections, 2 to 8; null leaves them alone."""
+    mlp: int | None = 5
+    """Bits of the up and down projections."""
+    bigram: int | None = 6
+    """Bits of the bigram table's projection. The table itself is looked up and never rounded."""
+    value_embedding: int | None = None
+    """Bits of the value embedding's projection."""
+    scale_floor: bool = False
+    """Steps of at least 1 / (largest code), from the uncast weight (PR #549's late form, and the
+    floor of that lineage's export grid), in place of free ones from the cast weight (PR #324)."""
+
+    def __post_init__(self) -> None:
+        for group in ("attention", "mlp", "bigram", "value_embedding"):
+            bits = getattr(self, group)
+            if bits is not None and not 2 <= bits <= 8:
+                raise ValueError(f"qat.layers.{group} is {bits}: choose 2 to 8 bits, or null")
+
+    def bits(self, group: Group) -> int | None:
+        """Return the bits of a tensor group's layers; None where they are left alone."""
+        return getattr(self, group, None)
+
+    def __str__(self) -> str:
+        names = ("attention", "mlp", "bigram", "value_embedding")
+        grids = [f"{name} int{self.bits(name)}" for name in names if self.bits(name) is not None]
+        return ", ".join([*grids, *(["floor"] if self.scale_floor else [])])
 
 
 def fake_quantize(

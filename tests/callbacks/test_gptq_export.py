@@ -1,5 +1,8 @@
 """Export: what calibrates GPTQ, the limit, the codec, and settings that are refused at once."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from callbacks import GPTQExport, WallClockBudget
 from pgl.artifact import ArtifactTooLarge, load
 from pgl.data.stream import BatchLayout
-from pgl.quant import QuantConfig, TensorRule
+from pgl.quant import GPTQConfig, QuantConfig, TensorRule
 
 
 class Forbidden:
@@ -19,9 +22,14 @@ class Forbidden:
     __len__ = __getitem__ = __iter__ = __array__ = __getattr__
 
 
-def quant(method):
+def quant(method, steps="grid"):
     rule = TensorRule(method=method)
-    return QuantConfig(attention=rule, mlp=rule, passthrough_max_numel=0)
+    gptq = GPTQConfig(steps=steps)
+    return QuantConfig(attention=rule, mlp=rule, passthrough_max_numel=0, gptq=gptq)
+
+
+def weights_of(run):
+    return {name: p.detach() for name, p in run.module.gpt.named_parameters()}
 
 
 def test_calibration_limit_and_codec(golf_run, tmp_path, monkeypatch):
@@ -68,6 +76,7 @@ def test_calibration_limit_and_codec(golf_run, tmp_path, monkeypatch):
     assert metadata["training_steps"] == 2
     assert metadata["tokenizer_sha256"] == data.tokenizer_sha256
 
+    # Without its source, manifest and values the file cannot be.
     exporter.limit_bytes = 10_000
     with pytest.raises(ArtifactTooLarge, match="10,000"):
         exporter.export(trainer, module, weights, tmp_path / "large.pgl")
@@ -85,9 +94,89 @@ def test_a_run_without_room_for_its_artifact_says_so_and_keeps_its_checkpoint(go
     assert not [name for name in names if "pgl" in name]
 
 
+def test_every_calibration_acts_and_none_reads_validation_tokens(golf_run, tmp_path):
+    exporter = GPTQExport(quant("gptq", steps="balanced"), calibration_sequences=4)
+    run = golf_run(
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
+        artifact=GPTQExport(),
+    )
+    # Whoever opens a validation shard, or looks at the tokens that are open, fails.
+    data = run.data
+    data.val_tokens = Forbidden()
+    data.corpus = replace(data.corpus, val_shards=Forbidden())
+    weights, budget = weights_of(run), run.callback(WallClockBudget)
+    found = {}
+    for calibration in ("training", "samples", "training_after_budget"):
+        exporter.calibration = calibration
+        before = budget.phases.phases.pop("calibrate", None)
+        assert before is None or before.counts == (calibration == "samples")
+        path = tmp_path / calibration
+        exporter.exported = exporter.export(run.trainer, run.module, weights, path)
+        found[calibration] = exporter.exported.state_dict
+        report = exporter.report()["calibration"]
+        assert report["source"] == calibration
+        assert report["record_legal"] == (calibration != "training_after_budget")
+    assert not budget.phases.phases["calibrate"].counts
+    name = "blocks.0.mlp.fc.weight"
+    assert torch.equal(found["training"][name], found["training_after_budget"][name])
+    assert not torch.equal(found["training"][name], found["samples"][name])
+    again = exporter.export(run.trainer, run.module, weights, tmp_path / "again")
+    assert torch.equal(again.state_dict[name], found["training_after_budget"][name])
+
+
+def test_calibration_after_the_budget_is_warned_of(golf_run):
+    exporter = GPTQExport(quant("gptq"), calibration="training_after_budget")
+    run = golf_run(fit=False, artifact=exporter)
+    with pytest.warns(UserWarning, match="the challenge does not allow"):
+        exporter.setup(run.trainer, run.module, "fit")
+
+
+@pytest.fixture
+def exported(golf_run, tmp_path):
+    """Export one trained model with the settings of a callback."""
+    run = golf_run(
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0), artifact=GPTQExport()
+    )
+
+    def export(**settings):
+        exporter = GPTQExport(quant("round"), **{"codec": "rans", **settings})
+        path = tmp_path / "searched.pgl"
+        exporter.exported = exporter.export(run.trainer, run.module, weights_of(run), path)
+        assert path.stat().st_size == exporter.exported.size.total_bytes
+        return exporter.report()
+
+    return export
+
+
+def test_a_plan_over_the_limit_is_made_coarser_and_says_so(exported, capsys):
+    plan = exported()
+    limit_bytes = plan["total_bytes"] - 1500
+    coarser = exported(limit_bytes=limit_bytes)
+    assert plan["step_factor"] == 1 < coarser["step_factor"]
+    assert coarser["total_bytes"] <= limit_bytes
+    assert coarser["attempts"][0]["total_bytes"] == plan["total_bytes"]
+    assert f"{plan['total_bytes']:,} bytes is over the limit" in capsys.readouterr().out
+
+
+def test_the_search_uses_the_bytes_that_the_plan_leaves(exported):
+    plan = exported()
+    limit_bytes = plan["total_bytes"] + 1500
+    finer = exported(limit_bytes=limit_bytes, search="step")
+    assert finer["step_factor"] < 1
+    assert plan["total_bytes"] < finer["total_bytes"] <= limit_bytes
+    rows = {name: {row["name"]: row for row in r["groups"]} for name, r in
+            (("plan", plan), ("finer", finer))}  # fmt: skip
+    assert finer["headroom_bytes"] < 500
+    errors = {name: groups["mlp"]["relative_error"] for name, groups in rows.items()}
+    assert 0 < errors["finer"] < errors["plan"]
+    assert set(rows["plan"]["mlp"]["kinds"]) == {"int6"}
+    assert rows["finer"]["mlp"]["codecs"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"search": "step", "limit_bytes": None}, "artifact.search is step"),
         ({"limit_bytes": 0}, "artifact.limit_bytes"),
         ({"calibration_sequences": 0}, "artifact.calibration_sequences"),
         ({"codec": "zip"}, 'codec "zip" is unknown: choose one of'),
@@ -96,3 +185,20 @@ def test_a_run_without_room_for_its_artifact_says_so_and_keeps_its_checkpoint(go
 def test_bad_settings_are_refused_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
         GPTQExport(**settings)
+
+
+def test_the_report_says_what_quantisation_lost(golf_run):
+    run = golf_run(artifact=GPTQExport(quant("gptq"), codec="rans", calibration_sequences=4))
+    report = json.loads((run.folder / "report.json").read_text())
+    scores = {(s["weights"], s["windows"]): s["bpb"] for s in report["scores"]}
+    lost = report["quantisation"]
+    assert lost["bpb_before"] == scores["ema", "chunked"]
+    assert lost["bpb_after"] == scores["quantised", "chunked"]
+    assert lost["bpb_lost"] == lost["bpb_after"] - lost["bpb_before"]
+    text = (run.folder / "report.md").read_text()
+    assert f"{lost['bpb_lost']:+.6f}" in text
+    [mlp] = [line for line in text.splitlines() if line.startswith("| mlp ")]
+    [row] = [row for row in report["artifact"]["groups"] if row["name"] == "mlp"]
+    assert row["kinds"] == ["int6"]
+    assert 0 < row["output_error"] < 1
+    assert f"int6 {'+'.join(row['codecs'])} | {row['relative_error']:.2%}" in mlp

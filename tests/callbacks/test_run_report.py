@@ -30,7 +30,7 @@ def rows(module, averaging=None, artifact=None, validation=None, seq_len=64, **b
     vars(budget).update(budget_state)
     metrics.load_state_dict({"clipped_steps": 3})
     averaging = averaging or WeightAveraging(None, source="raw")
-    averaging.setup(None, module, "fit")
+    averaging.setup(SimpleNamespace(callbacks=[budget]), module, "fit")
     artifact = artifact or GPTQExport()
     validation = validation or SlidingWindowBPB(stride_tokens=seq_len)
     trainer = SimpleNamespace(

@@ -1,13 +1,19 @@
 """When validation happens, which windows it reads, and that its scores are the naive ones."""
 
 import math
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import GPTQExport, SlidingWindowBPB, WallClockBudget
+from callbacks import BudgetProgress, GPTQExport, SlidingWindowBPB, WallClockBudget
+from pgl.evaluate import BitsPerByte, ScoreMap, document_scores, evaluate_windows
+from pgl.model import GPT, GPTConfig
+from pgl.model.rotary import rotary_table
 from pgl.module import GolfModule
 
 
@@ -40,9 +46,9 @@ def test_steps_and_scores(golf_run, monkeypatch):
     validations, scored = Validations(), []
     score = SlidingWindowBPB._score
 
-    def counted(self, trainer, pl_module, weights, name, loader, sliding=False):
+    def counted(self, trainer, pl_module, weights, name, loader):
         scored.append(name)
-        score(self, trainer, pl_module, weights, name, loader, sliding)
+        score(self, trainer, pl_module, weights, name, loader)
 
     monkeypatch.setattr(SlidingWindowBPB, "_score", counted)
     run = golf_run(
@@ -70,7 +76,10 @@ def test_validate_reads_sliding_windows_and_fit_reads_chunks(tiny_data):
     tiny_data.prepare_data()
     tiny_data.setup("fit")
     trainer = SimpleNamespace(
-        datamodule=tiny_data, check_val_every_n_epoch=1, val_check_interval=1.0
+        datamodule=tiny_data,
+        callbacks=[WallClockBudget(seconds=None, steps=9)],
+        check_val_every_n_epoch=1,
+        val_check_interval=1.0,
     )
     SlidingWindowBPB(stride_tokens=16, seq_len=24, batch_windows=3).setup(trainer, None, "validate")
     loader = tiny_data.val_dataloader()
@@ -95,6 +104,138 @@ def test_the_tail_reaches_the_windows(tiny_data):
     }
     assert counts["exact"] == 399
     assert counts["pr324"] < 399
+
+
+def test_validate_scores_the_weights_that_are_named(golf_run, caplog):
+    run = golf_run(budget=WallClockBudget(seconds=None, steps=3, warmup_steps=0))
+    scores = {
+        s.weights: s.bpb for s in run.callback(SlidingWindowBPB).scores if s.windows[0] == "c"
+    }
+    assert scores["raw"] != scores["ema"]
+    for weights, expected in (("raw", "raw"), ("ema", "ema"), (None, "ema")):
+        again = golf_run(
+            f"again_{weights}",
+            fit=False,
+            validation=SlidingWindowBPB(stride_tokens=32, weights=weights),
+        )
+        (logged,) = again.trainer.validate(
+            again.module, datamodule=again.data, ckpt_path=run.folder / "last.ckpt", verbose=False
+        )
+        assert logged["val/bpb"] == pytest.approx(scores[expected], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("file", "weights", "message"),
+    [
+        ("last.ckpt", "swa", r"validation\.weights is swa but the checkpoint holds raw, ema"),
+        ("model.pgl", "ema", r"an artifact holds one set of weights"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused(golf_run, file, weights, message):
+    run = golf_run(budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0))
+    validation = SlidingWindowBPB(stride_tokens=32, weights=weights)
+    again = golf_run("again", fit=False, validation=validation)
+    with pytest.raises(ValueError, match=message):
+        again.trainer.validate(
+            again.module, datamodule=again.data, ckpt_path=run.folder / file, verbose=False
+        )
+
+
+def test_fit_does_not_choose(golf_run):
+    with pytest.raises(ValueError, match=r"validation\.weights .* leave it unset"):
+        golf_run(validation=SlidingWindowBPB(stride_tokens=8, weights="ema"))
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0, "histograms": 0})
+    return accumulator.Reload()
+
+
+def test_the_analysis_is_written(golf_run):
+    budget = {"seconds": None, "steps": 1, "warmup_steps": 0}
+    run = golf_run(budget=WallClockBudget(**budget))
+    logged, data, name = events(run.folder), run.data, "analysis/quantised_chunked"
+    loader = data.chunk_loader()
+    score_map = ScoreMap(399, 32)
+    with run.module.with_weights(run.callback(GPTQExport).exported.state_dict):
+        metric = BitsPerByte(data.byte_table)
+        evaluate_windows(run.module.gpt, loader, metric, on_scores=score_map.add)
+
+    curve = logged.Scalars(f"{name}/loss_by_position")
+    assert [point.step for point in curve] == list(range(32))
+    expected = score_map.nats_by_position().tolist()
+    assert [point.value for point in curve] == pytest.approx(expected, rel=1e-5)
+    documents = document_scores(score_map.nats(), data.val_tokens, data.byte_table)
+    assert logged.Histograms(f"{name}/document_bpb")[0].histogram_value.num == len(documents)
+    (text,) = logged.Tensors(f"{name}/worst_documents/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    worst = max(documents, key=lambda document: document.bpb)
+    assert f"| {worst.bpb:.3f} | {worst.bytes:,} | {worst.index} | " in table
+    assert "the" in table
+
+    off = golf_run(
+        "off",
+        budget=WallClockBudget(**budget),
+        validation=SlidingWindowBPB(stride_tokens=8, analysis=False),
+    )
+    assert not [tag for tag in events(off.folder).Tags()["scalars"] if "analysis" in tag]
+
+
+def test_validate_analyses_what_it_scores(golf_run):
+    run = golf_run(budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0))
+    again = golf_run("again", fit=False)
+    again.trainer.validate(
+        again.module, datamodule=again.data, ckpt_path=run.folder / "model.pgl", verbose=False
+    )
+    curves = [events(folder) for folder in (run.folder, again.folder)]
+    names = [f"analysis/{name}/loss_by_position" for name in ("quantised_sliding", "saved")]
+    points = [[p.value for p in c.Scalars(n)] for c, n in zip(curves, names, strict=True)]
+    assert points[0] == pytest.approx(points[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [16, 64])
+def test_longer_windows_than_in_training_are_scored_with_rescaled_rope(golf_run, tiny_gpt, stride):
+    config = GPTConfig(**{**vars(tiny_gpt), "rope_train_len": 32})
+    run = golf_run(
+        module=GolfModule(config),
+        budget=WallClockBudget(seconds=None, steps=2, warmup_steps=0),
+        validation=SlidingWindowBPB(stride_tokens=stride, seq_len=64),
+    )
+    # The same weights in a model whose frequencies are those of 64 tokens by themselves.
+    base = 10_000.0 * 2 ** (16 / 14)
+    longer = GPT(GPTConfig(**{**vars(config), "rope_train_len": 64, "rope_base": base}))
+    longer.load_state_dict(run.callback(GPTQExport).exported.state_dict)
+    loader = run.data.window_loader(64, stride)
+    expected = evaluate_windows(longer.eval(), loader, BitsPerByte(run.data.byte_table))
+
+    score = run.callback(SlidingWindowBPB).scores[-1]
+    assert (score.seq_len, score.stride_tokens) == (64, stride)
+    assert score.windows == ("sliding" if stride == 16 else "chunked")
+    assert score.bpb == pytest.approx(float(expected["bpb"]), rel=1e-6)
+    assert score.tokens == 399
+
+
+def test_the_rope_table_of_4096_tokens_is_the_published_one(golden):
+    reference = golden("rope")
+    form = "324_full64_trainlen2048_4096"
+    cos_TR, sin_TR = rotary_table(4096, 10_000.0, 64, 2048, torch.device("cpu"))
+    rows = reference["positions_4096"]
+    np.testing.assert_allclose(cos_TR[rows], reference[f"cos_{form}"], atol=1e-6)
+    np.testing.assert_allclose(sin_TR[rows], reference[f"sin_{form}"], atol=1e-6)
+
+
+def test_the_progress_bar_shows_the_running_score(golf_run, capsys):
+    run = golf_run(
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
+        progress=BudgetProgress(line_every_seconds=0),
+    )
+    printed = capsys.readouterr().out
+    assert re.search(r"score quantised sliding +\d+%  \d\.\d{4} bits/byte", printed)
+    again = golf_run("again", fit=False, progress=BudgetProgress(line_every_seconds=0))
+    again.trainer.validate(
+        again.module, datamodule=again.data, ckpt_path=run.folder / "model.pgl", verbose=False
+    )
+    assert re.search(r"validate +\d+%  \d\.\d{4} bits/byte", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["stride_tokens", "seq_len", "batch_windows", "every_n_steps"])

@@ -1,5 +1,6 @@
 """The budget on a clock that the test moves: what counts, when training stops, what follows it."""
 
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -67,8 +68,8 @@ def budget_on(clock, **settings):
 def test_it_stops_by_seconds_and_schedules_follow(golf_run, tiny_gpt, monkeypatch):
     clock = Clock()
 
-    def slow_warm_up(trainer, module, steps):
-        assert steps == 2
+    def slow_warm_up(trainer, module, steps, variants):
+        assert (steps, list(variants)) == (2, [])
         clock.time += 5000.0
 
     monkeypatch.setattr("callbacks.wall_clock_budget.warm_up", slow_warm_up)
@@ -110,7 +111,8 @@ def test_it_stops_at_steps_whatever_the_clock_says(golf_run):
 
 def setup(budget, **trainer):
     trainer = {"max_steps": -1, "world_size": 1, "global_step": 0, **trainer}
-    budget.setup(SimpleNamespace(**trainer), None, "fit")
+    module = SimpleNamespace(schedule_config=SCHEDULE)
+    budget.setup(SimpleNamespace(**trainer), module, "fit")
     return budget
 
 
@@ -187,11 +189,89 @@ def test_a_budget_without_an_end_is_refused():
         ({"seconds": 10, "reserve_seconds": 10}, "budget.reserve_seconds"),
         ({"reserve_seconds": -1}, "budget.reserve_seconds"),
         ({"warmup_steps": -1}, "budget.warmup_steps"),
+        ({"step_scale": 0.0}, "budget.step_scale"),
     ],
 )
 def test_bad_numbers_are_refused(settings, name):
     with pytest.raises(ValueError, match=name):
         WallClockBudget(**settings)
+
+
+def test_a_shorter_run_follows_a_shorter_schedule(golf_run, tiny_gpt):
+    recipe = ScheduleConfig(warmdown_steps=30, momentum_warmup_steps=40)
+    run = golf_run(
+        module=GolfModule(tiny_gpt, schedule=recipe),
+        budget=WallClockBudget(seconds=None, steps=6, warmup_steps=0, step_scale=0.1),
+        validation=SlidingWindowBPB(stride_tokens=32, every_n_steps=20),
+        averaging=WeightAveraging(None, source="raw"),
+    )
+    budget = run.callback(WallClockBudget)
+    assert budget.warmdown_start_step == 4  # the last of the 3 steps at scale 1 is number 3
+    assert run.trainer.val_check_interval == 2 * run.data.layout.accumulate
+    assert budget.report()["step_scale"] == 0.1
+    rows = json.loads((run.folder / "report.json").read_text())["techniques"]
+    (row,) = [row for row in rows if row["technique"] == "shortened recipe"]
+    assert row["acted"] == "warm-down 30 steps -> 3 steps; momentum warm-up 40 steps -> 4 steps"
+    # What is saved is the recipe: a resumed run shortens it once, not twice.
+    saved = torch.load(run.folder / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["schedule"]["warmdown_steps"] == 30
+    again = golf_run("again", fit=False, budget=WallClockBudget(seconds=None, steps=6))
+    assert again.module.schedule == again.module.schedule_config
+
+
+class Device:
+    """A device that takes two seconds for a step and the host a hundredth; events in its queue."""
+
+    def __init__(self, clock) -> None:
+        self.clock = clock
+        self.free_at = 0.0
+        self.waited = 0
+
+    def step(self) -> None:
+        self.clock.time += 0.01
+        self.free_at = max(self.free_at, self.clock.time) + 2.0
+
+    def event(self):
+        device, done_at = self, []
+
+        class Event:
+            def record(self):
+                done_at.append(device.free_at)
+
+            def query(self):
+                return device.clock.time >= done_at[0]
+
+            def synchronize(self):
+                device.waited += 1
+                device.clock.time = max(device.clock.time, done_at[0])
+
+        return Event()
+
+
+def test_the_host_stays_one_step_ahead_and_ends_within_a_step_of_the_budget(monkeypatch):
+    clock = Clock()
+    device = Device(clock)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr("callbacks.wall_clock_budget.requested_signal", lambda trainer: 0)
+    budget = setup(budget_on(clock, seconds=21.0))
+    trainer = SimpleNamespace(
+        global_step=0, should_stop=False, is_global_zero=True, accumulate_grad_batches=1
+    )
+    module = SimpleNamespace(device=torch.device("cuda"))
+    budget.phases.start("train", counts=True)
+    queued = []
+    while not trainer.should_stop:
+        device.step()
+        trainer.global_step += 1
+        budget.on_train_batch_end(trainer, module, None, None, trainer.global_step - 1)
+        queued.append(device.free_at - clock.time)
+    # From the second step on the queue holds a whole step when the host comes back.
+    assert all(1.9 < seconds <= 2.01 for seconds in queued)
+    assert device.waited == trainer.global_step - 1
+    # 10 steps take 20 s, the 11th passes the budget; no 12th was queued behind it.
+    assert trainer.global_step == 11
+    assert 0 <= device.free_at - 21.0 < 2.0
+    assert budget.elapsed == pytest.approx(device.free_at, abs=0.3)
 
 
 def test_used_time_and_events_survive_a_checkpoint():

@@ -1,5 +1,7 @@
 """Averages against hand-made ones and against Lightning's own; what is exported and saved."""
 
+import copy
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -10,10 +12,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from callbacks import EMAConfig, GPTQExport, SnapshotConfig, WallClockBudget, WeightAveraging
-from callbacks.weight_averaging import ema_decay
+from callbacks import (
+    EMAConfig,
+    GPTQExport,
+    RunCheckpoint,
+    SlidingWindowBPB,
+    SnapshotConfig,
+    WallClockBudget,
+    WeightAveraging,
+)
+from callbacks.find import find_callback
+from pgl.average_config import ema_decay
+from pgl.evaluate import BitsPerByte, evaluate_windows
 from pgl.module import GolfModule
 from pgl.optim import Progress, ScheduleConfig
+from tests.test_run import StopAfter, assert_same_state
 
 
 class Weights(Callback):
@@ -73,8 +86,12 @@ def test_averages_are_the_hand_made_ones_and_the_source_is_exported(golf_run, ti
     close(averaging.averages["swa"].average(), last_two)
     assert averaging.report() == {
         "source": "swa",
-        "ema": {"updates": 7, "first_update_step": 0},
-        "swa": {"updates": 6, "first_update_step": 1},
+        "ema": {"setting": "decay 0.5", "updates": 7, "first_update_step": 0},
+        "swa": {
+            "setting": "every 1 steps below scale 2, last 2",
+            "updates": 6,
+            "first_update_step": 1,
+        },
     }
     exported = run.callback(GPTQExport).exported.state_dict
     difference = max(float((exported[n] - last_two[n]).abs().max()) for n in exported)
@@ -103,12 +120,168 @@ def test_late_averages_agree_with_lightning_and_start_on_time(golf_run, tiny_gpt
     lightnings = oracle._average_model.module.gpt.named_parameters()
     close(averaging.averages["ema"].average(), {name: p.detach() for name, p in lightnings})
     close(averaging.averages["swa"].average(), weights.after[5])
-    assert averaging.report()["ema"] == {"updates": 4, "first_update_step": 3}
-    assert averaging.report()["swa"] == {"updates": 1, "first_update_step": 5}
+    assert acted(averaging) == {"ema": (4, 3), "swa": (1, 5)}
     assert {average.device for average in averaging.averages.values()} == {"cpu"}
     exported = run.callback(GPTQExport).exported.state_dict
     for name, weight in weights.after[-1].items():
         torch.testing.assert_close(exported[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def acted(averaging):
+    """Return updates and step of the first one of each average."""
+    return {
+        name: (state["updates"], state["first_update_step"])
+        for name, state in averaging.report().items()
+        if name != "source"
+    }
+
+
+def test_several_averages_side_by_side_are_each_their_own(golf_run, tiny_gpt):
+    weights = Weights()
+    averaging = WeightAveraging(
+        EMAConfig(decay=0.5),
+        SnapshotConfig(every_steps=2, start_scale=0.75),
+        SnapshotConfig(every_steps=None, every_fraction=0.25, start_scale=2.0, keep=3),
+        source="last",
+        device="cpu",
+    )
+    # Scales 1, 7/8, 6/8, 5/8, ... : the SWA takes steps 4, 6 and 8, the ring every second one.
+    module = GolfModule(tiny_gpt, schedule=ScheduleConfig(warmdown_steps=8))
+    budget = WallClockBudget(seconds=None, steps=8, warmup_steps=0)
+    run = golf_run(module=module, averaging=averaging, budget=budget, extra=(weights,))
+    assert acted(averaging) == {"ema": (9, 0), "swa": (3, 4), "last": (4, 2)}
+    close(averaging.averages["swa"].average(), mean([weights.after[n] for n in (4, 6, 8)]))
+    last = mean([weights.after[n] for n in (4, 6, 8)])
+    close(averaging.averages["last"].average(), last)
+    scored = [score["weights"] for score in run.callback(SlidingWindowBPB).report()]
+    assert scored == ["raw", "ema", "swa", "last", "quantised", "quantised"]
+    checkpoint = torch.load(run.folder / "last.ckpt", weights_only=True)
+    close({n: checkpoint["state_dict"][f"gpt.{n}"] for n in last}, last)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_every_kind_of_average_resumes_exactly(golf_run, tiny_gpt, stop):
+    def run(folder, **settings):
+        averaging = WeightAveraging(
+            EMAConfig(horizon_fraction=0.3, start_fraction=0.2),
+            SnapshotConfig(every_steps=1, start_scale=0.9, keep=2),
+            SnapshotConfig(every_steps=None, every_fraction=0.3, start_scale=2.0, keep=2),
+        )
+        torch.manual_seed(0)
+        module = GolfModule(tiny_gpt, schedule=ScheduleConfig(warmdown_steps=6))
+        return golf_run(folder, module=module, averaging=averaging, **settings)
+
+    whole = run("whole")
+    checkpoint = RunCheckpoint(every_steps=stop)
+    part = run("part", checkpoint=checkpoint, extra=(StopAfter(stop),))
+    resumed = run("resumed", ckpt_path=part.folder / "last.ckpt")
+    assert_same_state(whole, resumed)
+    averaging = resumed.callback(WeightAveraging)
+    assert acted(averaging) == acted(whole.callback(WeightAveraging))
+    assert acted(averaging)["last"] == (3, 2)
+
+
+class Scores(Callback):
+    """Scores the averages by hand at each validation, and notes what was logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict]] = []
+        self.expected: list[float] = []
+        self.clock: list[bool] = []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.clock.append(find_callback(trainer, WallClockBudget).phases._open[-1] == "validation")
+
+    def on_validation_end(self, trainer, pl_module):
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.logged.append((trainer.global_step, metrics))
+        averaging = find_callback(trainer, WeightAveraging)
+        gpt = copy.deepcopy(pl_module.gpt)
+        for name, weight in averaging.averages["ema"].average().items():
+            gpt.get_parameter(name).data.copy_(weight)
+        metric = BitsPerByte(trainer.datamodule.byte_table)
+        score = evaluate_windows(gpt, trainer.datamodule.chunk_loader(), metric)
+        self.expected.append(float(score["bpb"]))
+
+
+def test_validation_scores_the_averages_beside_the_raw_weights(golf_run, tiny_gpt):
+    def run(folder, score, extra=()):
+        averaging = WeightAveraging(
+            EMAConfig(decay=0.5), SnapshotConfig(every_steps=3, start_scale=2.0), score=score
+        )
+        validation = SlidingWindowBPB(stride_tokens=32, every_n_steps=2)
+        torch.manual_seed(0)
+        module = GolfModule(tiny_gpt)
+        return golf_run(
+            folder, module=module, averaging=averaging, validation=validation, extra=extra
+        )
+
+    scores = Scores()
+    scored = run("scored", True, (scores,))
+    assert [step for step, _ in scores.logged] == [2, 4, 6]
+    for (_, logged), expected in zip(scores.logged, scores.expected, strict=True):
+        assert logged["val/bpb_ema"] == pytest.approx(expected, rel=1e-6)
+        assert logged["val/bpb_ema"] != logged["val/bpb"]
+    assert ["val/bpb_swa" in logged for _, logged in scores.logged] == [False, True, True]
+    assert all(scores.clock), "the clock ran while averages were scored"
+    # It leaves training alone, bit for bit, and the score of the raw weights too.
+    plain = run("plain", False)
+    assert_same_state(plain, scored)
+    named = Scores()
+    run("named", ["swa"], (named,))
+    assert [
+        sorted(name for name in logged if name.startswith("val/bpb_")) for _, logged in named.logged
+    ] == [[], ["val/bpb_swa"], ["val/bpb_swa"]]
+    assert [m["val/bpb"] for _, m in named.logged] == [m["val/bpb"] for _, m in scores.logged]
+
+
+def test_the_budgets_step_scale_acts_on_the_averages(golf_run, tiny_gpt):
+    averaging = WeightAveraging(
+        EMAConfig(decay=0.9),
+        SnapshotConfig(every_steps=20, start_scale=2.0),
+        SnapshotConfig(every_steps=30, start_scale=2.0, keep=1),
+    )
+    budget = WallClockBudget(seconds=None, steps=6, warmup_steps=0, step_scale=0.1)
+    run = golf_run(module=GolfModule(tiny_gpt), averaging=averaging, budget=budget)
+    assert averaging.averages["ema"].decay == pytest.approx(0.9**10)
+    assert acted(averaging) == {"ema": (7, 0), "swa": (3, 2), "last": (2, 3)}
+    assert averaging.report()["swa"]["setting"] == "every 2 steps below scale 2"
+    rows = json.loads((run.folder / "report.json").read_text())["techniques"]
+    settings = {row["technique"]: row["setting"] for row in rows}
+    assert settings["weight averaging: ema"] == "decay 0.348678"
+    assert settings["shortened recipe"] == "0.1 x its steps"
+    assert (averaging.ema.decay, averaging.swa.every_steps) == (0.9, 20)
+
+
+@pytest.mark.parametrize(
+    ("ema", "share"),
+    [
+        (EMAConfig(decay=0.9), "73%"),
+        (EMAConfig(decay=0.3), None),
+        (EMAConfig(horizon_fraction=0.5), None),
+        (EMAConfig(start_fraction=0.5), None),
+    ],
+)
+def test_an_ema_of_the_initial_weights_warns(tiny_gpt, ema, share):
+    averaging, module = WeightAveraging(ema), GolfModule(tiny_gpt)
+    trainer, budget = fake_trainer(seconds=None, steps=6)
+    averaging.setup(trainer, module, "fit")
+    averaging.on_train_start(trainer, module)
+    for step in (4, 5, 6):
+        trainer.global_step = step
+        budget.progress = Progress(step, 0.0, None, 6)
+        averaging.on_train_batch_end(trainer, module, None, None, step)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        averaging.on_train_end(trainer, module)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (share is not None)
+    assert all(f"still holds {share} of the weights" in message for message in messages)
+
+
+def fake_trainer(**budget_settings):
+    budget = WallClockBudget(**budget_settings)
+    return SimpleNamespace(callbacks=[budget], global_step=0), budget
 
 
 def close(actual, expected):
@@ -119,13 +292,13 @@ def close(actual, expected):
 def test_an_average_that_never_started_warns_and_gives_the_raw_weights(tiny_gpt):
     averaging = WeightAveraging(ema=None, swa=SnapshotConfig(), source="swa")
     module = GolfModule(tiny_gpt)
-    averaging.setup(None, module, "fit")
+    averaging.setup(fake_trainer()[0], module, "fit")
     with pytest.warns(UserWarning, match=r"averaging\.swa was never updated.*raw weights"):
         averaging.on_train_end(None, module)
     weights = averaging.source_weights(module)
     for name, parameter in module.gpt.named_parameters():
         assert weights[name].data_ptr() == parameter.data_ptr()
-    assert averaging.report()["swa"] == {"updates": 0, "first_update_step": None}
+    assert acted(averaging) == {"swa": (0, None)}
 
 
 def test_the_horizon_is_a_share_of_the_expected_steps():
@@ -138,8 +311,7 @@ def test_the_horizon_is_a_share_of_the_expected_steps():
 def test_the_horizon_acts_on_the_average(tiny_gpt):
     averaging = WeightAveraging(EMAConfig(horizon_fraction=0.4))
     module = GolfModule(tiny_gpt)
-    budget = WallClockBudget(seconds=None, steps=10)
-    trainer = SimpleNamespace(callbacks=[budget], global_step=0)
+    trainer, budget = fake_trainer(seconds=None, steps=10)
     averaging.setup(trainer, module, "fit")
     averaging.on_train_start(trainer, module)
     before = snapshot(module)
@@ -167,7 +339,7 @@ def test_resuming_training_goes_on_from_the_raw_weights(tiny_gpt):
 
 def test_a_saved_average_that_is_off_now_is_dropped_with_a_warning(tiny_gpt):
     module = GolfModule(tiny_gpt)
-    trainer = SimpleNamespace(callbacks=[], global_step=0)
+    trainer, _ = fake_trainer()
     both = WeightAveraging(EMAConfig(), SnapshotConfig())
     both.setup(trainer, module, "fit")
     both.on_train_start(trainer, module)
@@ -185,7 +357,17 @@ def test_a_saved_average_that_is_off_now_is_dropped_with_a_warning(tiny_gpt):
     assert same.report() == both.report()
 
 
-@pytest.mark.parametrize("source", ["ema", "swa"])
+def test_a_ring_needs_a_length():
+    with pytest.raises(ValueError, match=r"averaging\.last\.keep"):
+        WeightAveraging(last=SnapshotConfig())
+
+
+def test_an_average_that_is_off_cannot_be_scored():
+    with pytest.raises(ValueError, match=r"averaging\.score names swa but averaging\.swa is off"):
+        WeightAveraging(score=["ema", "swa"])
+
+
+@pytest.mark.parametrize("source", ["ema", "swa", "last"])
 def test_a_source_that_is_off_is_refused(source):
     with pytest.raises(ValueError, match=f"source is {source}.*averaging.{source} is off"):
         WeightAveraging(ema=None, swa=None, source=source)

@@ -5,6 +5,7 @@ import torch
 
 from pgl.model import GPT, GPTConfig
 from pgl.quant import (
+    Calibration,
     QuantConfig,
     RowGrid,
     TensorRule,
@@ -58,7 +59,7 @@ def test_calibrate_and_quantise_a_model():
     state = {name: torch.randn(p.shape) * 0.1 for name, p in gpt.state_dict().items()}
     rule = TensorRule(method="gptq", grid=RowGrid(clip="search"))
     config = QuantConfig(attention=rule, mlp=rule, passthrough_max_numel=4096)
-    stored = quantize_state(state, config, hessians, device="cuda")
+    stored = quantize_state(state, config, Calibration(hessians), device="cuda")
     rounded = quantize_state(state, QuantConfig(passthrough_max_numel=4096), device="cuda")
     assert all(tensor.data.device.type == "cpu" for tensor in stored.values())
     better = quantization_errors(state, stored, hessians)
