@@ -1,9 +1,9 @@
 """From trained weights to one file that fits the limit."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -12,21 +12,28 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.calibration import (
+    CalibrationSource,
+    calibrate,
+    counts_as_training,
+    record_legal,
+)
 from callbacks.find import find_callback
 from callbacks.progress import print_lines, track
 from callbacks.run_folder import run_folder
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
-from pgl.artifact import SizeReport, load, save
-from pgl.artifact.codecs import codec_for
+from pgl.artifact import GroupSize, Packed, SizeReport, fit_to_limit, load, pack_model
+from pgl.artifact.codecs import check_codec
+from pgl.artifact.fit import Attempt
 from pgl.collectives import on_rank_zero
 from pgl.quant import (
     QuantConfig,
     QuantizationError,
-    average_over_ranks,
-    collect_hessians,
+    StateQuantizer,
+    StoredTensor,
+    errors_by_group,
     quantization_errors,
-    quantize_state,
 )
 
 FILE_NAME = "model.pgl"
@@ -42,19 +49,32 @@ class Exported:
     """Where its bytes go."""
     errors: dict[str, QuantizationError]
     """What quantisation lost, by tensor."""
+    groups: dict[str, str]
+    """The group of each tensor."""
     state_dict: dict[str, Tensor]
     """The GPT's weights as read back from the file, on the CPU."""
+    attempts: list[Attempt]
+    """Files packed in search of the size, the planned one first."""
+    step_factor: float
+    """What the plan's steps were multiplied by."""
+
+    def group_errors(self) -> dict[str, QuantizationError]:
+        """Return what quantisation lost, by group."""
+        return errors_by_group(self.errors, self.groups)
 
 
 class GPTQExport(Callback):
     """Quantises the weights after training, packs them into one file and reads it back.
 
-    Groups whose ``quant.<group>.method`` is ``gptq`` are calibrated on the first
-    ``calibration_sequences`` training sequences, shared out over the ranks; keep time for that with
-    :class:`callbacks.WallClockBudget`'s ``reserve_seconds``. Validation tokens are never used.
+    Groups whose ``quant.<group>.method`` is ``gptq`` are calibrated; validation tokens are never
+    used for that. The ranks share out the calibration sequences and the matrices.
+
+    The file fits: if the plan is over the limit, all steps are made coarser until it is not, and
+    the run says so. ``search="step"`` makes them finer too where the plan leaves bytes unused.
 
     Note:
-        Rank 0 quantises and writes; the other ranks wait, and get the weights that it read back.
+        Rank 0 packs and writes; the other ranks get the weights that it read back. A search packs
+        about three times, which codec "rans" does in seconds and the others in half a minute each.
 
     Example::
 
@@ -64,7 +84,12 @@ class GPTQExport(Callback):
         quant: Grid and method of each tensor group.
         codec: How the streams are compressed, a name in :data:`pgl.artifact.CODECS`.
         limit_bytes: Largest length of the file. None: no limit.
-        calibration_sequences: Training sequences that calibrate GPTQ.
+        search: Whether steps stay the plan's unless it does not fit, or are searched for the size.
+        calibration: What GPTQ is calibrated on. "training": the first training sequences, in the
+            part of the budget that :class:`callbacks.WallClockBudget`'s ``reserve_seconds`` keeps.
+            "samples": sequences that the model writes. "training_after_budget": training sequences
+            on no budget, as PR #703 did, which the challenge does not allow.
+        calibration_sequences: Sequences of ``data.seq_len`` tokens that calibrate GPTQ.
         file_name: Name of the artifact in the run's folder.
 
     Raises:
@@ -76,19 +101,33 @@ class GPTQExport(Callback):
         quant: QuantConfig = QuantConfig(),
         codec: str = "zstd",
         limit_bytes: int | None = 16_000_000,
+        search: Literal["off", "step"] = "off",
+        calibration: CalibrationSource = "training",
         calibration_sequences: int = 64,
         file_name: str = FILE_NAME,
     ) -> None:
         if limit_bytes is not None and limit_bytes <= 0:
             raise ValueError(f"artifact.limit_bytes must be positive or null, got {limit_bytes}")
-        if calibration_sequences < 1:
+        if search == "step" and limit_bytes is None:
             raise ValueError(
-                f"artifact.calibration_sequences must be at least 1, got {calibration_sequences}"
+                "artifact.search is step, which needs a size to search for: set "
+                "artifact.limit_bytes, or artifact.search to off"
             )
-        codec_for(codec, is_codes=True)  # refused now, not after the training
+        if not 1 <= calibration_sequences <= 65_536:
+            raise ValueError(
+                "artifact.calibration_sequences must be from 1 to 65536, got "
+                f"{calibration_sequences}"
+            )
+        if Path(file_name).name != file_name or not file_name:
+            raise ValueError(
+                f'artifact.file_name must be a name in the run\'s folder, got "{file_name}"'
+            )
+        check_codec(codec)  # refused now, not after the training
         self.quant = quant
         self.codec = codec
         self.limit_bytes = limit_bytes
+        self.search = search
+        self.calibration = calibration
         self.calibration_sequences = calibration_sequences
         self.file_name = file_name
         self.exported: Exported | None = None
@@ -99,10 +138,12 @@ class GPTQExport(Callback):
         if stage != "fit" or not self.quant.needs_hessians():
             return
         budget = find_callback(trainer, WallClockBudget)
-        if budget.seconds is not None and budget.reserve_seconds == 0:
+        unreserved = budget.seconds is not None and budget.reserve_seconds == 0
+        if not record_legal(self.calibration) or (self.calibration == "training" and unreserved):
             rank_zero_warn(
                 "GPTQ will read training tokens after the budget is spent, which the challenge "
-                "does not allow: set budget.reserve_seconds to what calibration takes"
+                "does not allow: set artifact.calibration to samples, or to training with "
+                "budget.reserve_seconds set to what calibration takes"
             )
 
     @override
@@ -112,10 +153,9 @@ class GPTQExport(Callback):
         self.exported = self.export(
             trainer, pl_module, weights, run_folder(trainer) / self.file_name
         )
-        size = self.exported.size
-        print_lines(trainer, f"\n{size.table()}")
+        print_lines(trainer, f"\n{self.summary()}")
         if trainer.logger is not None:
-            scalars = {"final/artifact_bytes": size.total_bytes}
+            scalars = {"final/artifact_bytes": self.exported.size.total_bytes}
             trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
     def export(
@@ -125,7 +165,7 @@ class GPTQExport(Callback):
         weights: Mapping[str, Tensor],
         path: Path,
     ) -> Exported:
-        """Quantise, pack, write and read back. All ranks call it, all get the result.
+        """Calibrate, quantise, pack, write and read back. All ranks call it, all get the result.
 
         Args:
             trainer: Its data module names the tokenizer and calibrates.
@@ -134,86 +174,119 @@ class GPTQExport(Callback):
             path: Where the artifact goes.
 
         Raises:
-            ArtifactTooLarge: If the file would exceed the limit.
+            ArtifactTooLarge: If the file would exceed the limit with every code zero.
         """
         phases = find_callback(trainer, WallClockBudget).phases
-        hessians = None
+        calibration = None
         if self.quant.needs_hessians():
-            with phases.measure("calibrate", counts=True):
-                hessians = self._calibrate(trainer, pl_module, weights)
+            with phases.measure("calibrate", counts=counts_as_training(self.calibration)):
+                calibration = calibrate(
+                    trainer,
+                    pl_module,
+                    weights,
+                    self.calibration,
+                    self.calibration_sequences,
+                    self.quant.needs_energies(),
+                )
                 if pl_module.device.type == "cuda":
                     torch.cuda.synchronize(pl_module.device)
+        packs: list[Packed] = []  # rank 0's alone
 
-        def quantize_and_pack() -> Exported:
+        def quantise(step_factor: float) -> Mapping[str, StoredTensor]:
             with track(trainer, "quantise", 1) as advance, phases.measure("quantise"):
-                stored = quantize_state(weights, self.quant, hessians, device=pl_module.device)
-                errors = quantization_errors(weights, stored, hessians)
+                stored = quantizer(step_factor)
                 advance()
-            with track(trainer, "pack", 1) as advance, phases.measure("pack"):
-                size = save(
-                    path,
-                    pl_module.gpt_config,
-                    stored,
-                    metadata=self._metadata(trainer),
-                    codec=self.codec,
-                    limit_bytes=self.limit_bytes,
-                    on_progress=advance,
-                )
-            with phases.measure("read back"):
-                return Exported(path, size, errors, load(path).state_dict)
+            return stored
 
-        return on_rank_zero(trainer.strategy, quantize_and_pack)
+        def pack(stored: Mapping[str, StoredTensor]) -> int:
+            with phases.measure("pack"):
+                return on_rank_zero(
+                    trainer.strategy, lambda: self._pack(trainer, pl_module, stored, packs)
+                )
+
+        with phases.measure("quantise"):
+            quantizer = StateQuantizer(weights, self.quant, calibration, pl_module.device)
+        fit = fit_to_limit(quantise, pack, self.limit_bytes, refine=self.search == "step")
+
+        def write() -> Exported:
+            size = packs[fit.chosen].write(path)
+            with phases.measure("measure errors"):
+                hessians = calibration.hessians if calibration is not None else None
+                errors = quantization_errors(weights, fit.stored, hessians)
+            groups = {name: tensor.group for name, tensor in fit.stored.items()}
+            with phases.measure("read back"):
+                state_dict = load(path).state_dict
+            return Exported(path, size, errors, groups, state_dict, fit.attempts, fit.step_factor)
+
+        exported = on_rank_zero(trainer.strategy, write)
+        self._say_what_the_limit_did(trainer, exported)
+        return exported
+
+    def summary(self) -> str:
+        """Return the table of sizes and errors by tensor group."""
+        assert self.exported is not None, "nothing was exported"
+        return self.exported.size.table(self.exported.group_errors())
 
     def report(self) -> dict[str, Any]:
-        """Return where the artifact is and what its parts take."""
+        """Return where the artifact is, what its parts take, and what they lost."""
         if self.exported is None:
             return {}
-        size = self.exported.size
+        exported, size = self.exported, self.exported.size
+        group_errors = exported.group_errors()
         return {
-            "file": self.exported.path.name,
+            "file": exported.path.name,
             "codec": self.codec,
             "total_bytes": size.total_bytes,
             "limit_bytes": size.limit_bytes,
             "headroom_bytes": size.headroom_bytes,
             "code_bytes": size.code_bytes,
             "container_bytes": size.overhead_bytes,
-            "groups": [
-                {
-                    "name": group.name,
-                    "parameters": group.parameters,
-                    "packed_bytes": group.packed_bytes,
-                    "bits_per_weight": round(group.bits_per_weight, 4),
-                }
-                for group in size.groups
-            ],
+            "search": self.search,
+            "step_factor": exported.step_factor,
+            "attempts": [asdict(attempt) for attempt in exported.attempts],
+            "calibration": self._calibration_report(),
+            "groups": [_group_row(group, group_errors.get(group.name)) for group in size.groups],
             "relative_error": {
-                name: round(error.relative, 6) for name, error in self.exported.errors.items()
+                name: round(error.relative, 6) for name, error in exported.errors.items()
             },
         }
 
-    def _calibrate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        data = trainer.datamodule
-        layout = data.calibration_layout(self.calibration_sequences)
-        batches = (
-            torch.from_numpy(layout.read_micro_batch(data.stream, 0, index)[:, :-1].astype("int32"))
-            for index in range(layout.accumulate)
-        )
-        with (
-            track(trainer, "calibrate", layout.accumulate) as advance,
-            pl_module.with_weights(weights),
-            trainer.precision_plugin.val_step_context(),
-        ):
-            hessians = collect_hessians(
-                pl_module.gpt,
-                _counted(batches, advance),
-                device=pl_module.device,
-                forward=pl_module.gpt.features,
+    def _calibration_report(self) -> dict[str, Any] | None:
+        if not self.quant.needs_hessians():
+            return None
+        return {
+            "source": self.calibration,
+            "sequences": self.calibration_sequences,
+            "record_legal": record_legal(self.calibration),
+        }
+
+    def _pack(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stored: Mapping[str, StoredTensor],
+        packs: list[Packed],
+    ) -> int:
+        with track(trainer, "pack", 1) as advance:
+            packed = pack_model(
+                pl_module.gpt_config,
+                stored,
+                metadata=self._metadata(trainer),
+                codec=self.codec,
+                limit_bytes=self.limit_bytes,
+                on_progress=advance,
             )
-        if trainer.world_size > 1:
-            average_over_ranks(hessians)
-        return hessians
+        packs.append(packed)
+        return packed.size.total_bytes
+
+    def _say_what_the_limit_did(self, trainer: pl.Trainer, exported: Exported) -> None:
+        planned = exported.attempts[0].total_bytes
+        if self.limit_bytes is not None and planned > self.limit_bytes:
+            print_lines(
+                trainer,
+                f"the planned artifact of {planned:,} bytes is over the limit of "
+                f"{self.limit_bytes:,}: its steps are {exported.step_factor:.4f} times the plan's",
+            )
 
     def _metadata(self, trainer: pl.Trainer) -> dict[str, Any]:
         return {
@@ -223,7 +296,15 @@ class GPTQExport(Callback):
         }
 
 
-def _counted(batches: Iterable[Tensor], advance: Callable[[], None]) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch
-        advance()
+def _group_row(group: GroupSize, error: QuantizationError | None) -> dict[str, Any]:
+    outputs = None if error is None else error.output_relative
+    return {
+        "name": group.name,
+        "parameters": group.parameters,
+        "packed_bytes": group.packed_bytes,
+        "bits_per_weight": round(group.bits_per_weight, 4),
+        "kinds": list(group.kinds),
+        "codecs": list(group.codecs),
+        "relative_error": None if error is None else round(error.relative, 6),
+        "output_error": None if outputs is None else round(outputs, 6),
+    }

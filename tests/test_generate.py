@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from pgl.generate import GenerationConfig, generate, print_continuations, sample
+from pgl.generate import (
+    GenerationConfig,
+    generate,
+    generate_batch,
+    print_continuations,
+    sample,
+)
 from pgl.model import GPT
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0])
@@ -54,6 +60,47 @@ def test_greedy_generation_is_the_slow_way_and_context_is_limited(tiny_gpt):
         expected.append(int(gpt(torch.tensor([expected[-6:]]))[0, -1].argmax()))
     assert actual == expected
     assert max(lengths[:8]) == 6
+
+
+def varied(tiny_gpt):
+    torch.manual_seed(0)
+    gpt = GPT(tiny_gpt).eval()
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return gpt
+
+
+def test_a_batch_is_its_sequences_one_by_one(tiny_gpt):
+    gpt = varied(tiny_gpt)
+    uniform = torch.rand(5, 12)
+    together = generate_batch(gpt, uniform)
+    assert together.shape == (5, 13)
+    assert (together[:, 0] == tiny_gpt.bos_id).all()
+    assert torch.equal(generate_batch(gpt, uniform, batch_sequences=2), together)
+    assert torch.equal(generate_batch(gpt, uniform[3:4]), together[3:4])
+    assert len({tuple(row.tolist()) for row in together}) == 5
+
+
+def test_a_batch_inverts_the_cumulative_distribution(tiny_gpt):
+    gpt = varied(tiny_gpt)
+    uniform, temperature = torch.rand(2, 6), 0.8
+    ids = generate_batch(gpt, uniform, temperature)
+    for row, numbers in zip(ids, uniform, strict=True):
+        for t, number in enumerate(numbers.tolist()):
+            p = (gpt(row[None, : t + 1])[0, -1] / temperature).softmax(-1).tolist()
+            token = int(row[t + 1])
+            assert sum(p[:token]) - 1e-5 <= number <= sum(p[: token + 1]) + 1e-5
+
+
+def test_a_batch_follows_the_distribution_and_the_temperature(tiny_gpt):
+    gpt = varied(tiny_gpt)
+    with torch.no_grad():
+        p = gpt(torch.tensor([[tiny_gpt.bos_id]]))[0, -1].softmax(-1)
+    uniform = (torch.arange(2000)[:, None] + 0.5) / 2000
+    counts = generate_batch(gpt, uniform, 1.0, 2000)[:, 1].bincount(minlength=len(p))
+    assert (counts / 2000 - p).abs().max() < 1e-3
+    cold = generate_batch(gpt, uniform, 0.05, 2000)[:, 1]
+    assert (cold == p.argmax()).float().mean() > counts.max() / 2000
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,16 @@
 from pgl.artifact.codecs import CODECS
 from pgl.artifact.describe import describe
 from pgl.artifact.errors import ArtifactError, ArtifactTooLarge
-from pgl.artifact.format import LIMIT_BYTES, Artifact, is_artifact, load, save
+from pgl.artifact.fit import Fit, fit_to_limit
+from pgl.artifact.format import (
+    LIMIT_BYTES,
+    Artifact,
+    Packed,
+    is_artifact,
+    load,
+    pack_model,
+    save,
+)
 from pgl.artifact.size import GroupSize, SizeReport
 
 __all__ = [
@@ -10,10 +19,14 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "ArtifactTooLarge",
+    "Fit",
     "GroupSize",
+    "Packed",
     "SizeReport",
     "describe",
+    "fit_to_limit",
     "is_artifact",
     "load",
+    "pack_model",
     "save",
 ]

@@ -24,6 +24,8 @@ except ImportError:  # whoever reads an artifact with the source inside it may d
 
 _PACKAGES = {"zstd": "zstandard", "brotli": "brotli >= 1.2"}
 
+_SHORT_STREAM_BYTES = 1 << 20
+
 _ZSTD_LEVEL = 22
 _ZSTD_MAX_WINDOW_BYTES = 1 << 27
 _LZMA_MEMORY_LIMIT_BYTES = 1 << 27
@@ -70,13 +72,30 @@ def decompress(codec: str, data: bytes, num_bytes: int, layout: Layout = ()) -> 
     return result
 
 
-def codec_for(name: str, is_codes: bool) -> str:
-    """Return the codec to use for a stream: `name`, or lzma for values if that takes codes only.
+def check_codec(name: str) -> None:
+    """Refuse a codec that cannot be used.
+
+    Raises:
+        ValueError: It is unknown or its library is not installed.
+    """
+    _codec(name)
+
+
+def compress_best(name: str, data: bytes, layout: Layout) -> tuple[str, bytes]:
+    """Compress a stream and return the codec that was used with the result.
+
+    That is the one named, but for "rans": lzma takes the streams of values, and those short streams
+    of codes that it makes smaller (embeddings, whose rows repeat each other).
 
     Raises:
         ValueError: The codec is unknown or its library is not installed.
     """
-    return "lzma" if _codec(name).codes_only and not is_codes else name
+    if not _codec(name).codes_only:
+        return name, compress(name, data, layout)
+    found = [(name, compress(name, data, layout))] if layout else []
+    if not layout or len(data) <= _SHORT_STREAM_BYTES:
+        found.append(("lzma", compress("lzma", data, layout)))
+    return min(found, key=lambda pair: len(pair[1]))
 
 
 def _codec(name: str) -> Codec:

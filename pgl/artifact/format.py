@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgl.artifact.codecs import codec_for, compress, decompress
+from pgl.artifact.codecs import compress_best, decompress
 from pgl.artifact.container import looks_like_artifact, pack, read_file, unpack
 from pgl.artifact.errors import ArtifactError, ArtifactTooLarge, CodecError
 from pgl.artifact.manifest import (
@@ -26,7 +26,7 @@ from pgl.artifact.manifest import (
     write_manifest,
 )
 from pgl.artifact.size import SizeReport, measure
-from pgl.artifact.source import source_files
+from pgl.artifact.source import code_only, source_files
 from pgl.artifact.streams import code_layout, from_streams, make_table, plan_streams, to_streams
 from pgl.io import atomic_write
 from pgl.model import GPT, GPTConfig
@@ -55,36 +55,55 @@ class Artifact:
         return model.eval()
 
 
-def save(
-    path: str | os.PathLike[str],
+@dataclass(frozen=True)
+class Packed:
+    """A finished artifact in memory."""
+
+    data: bytes
+    size: SizeReport
+
+    def write(self, path: str | os.PathLike[str]) -> SizeReport:
+        """Write the file, whole or not at all, and return what its parts take.
+
+        Raises:
+            ArtifactTooLarge: It is longer than its limit; nothing is written.
+        """
+        total_bytes, limit_bytes = self.size.total_bytes, self.size.limit_bytes
+        if limit_bytes is not None and total_bytes > limit_bytes:
+            raise ArtifactTooLarge(
+                f"{path} would be {total_bytes:,} bytes, {total_bytes - limit_bytes:,} more than "
+                f"the limit of {limit_bytes:,}: nothing was written"
+            )
+        with atomic_write(path) as file:
+            file.write(self.data)
+        return self.size
+
+
+def pack_model(
     config: GPTConfig,
     stored: Mapping[str, StoredTensor],
     metadata: Mapping[str, Any] | None = None,
     codec: str = "zstd",
     limit_bytes: int | None = LIMIT_BYTES,
     on_progress: Callable[[float], None] = lambda share: None,
-) -> SizeReport:
-    """Write an artifact. The same input gives the same bytes.
+) -> Packed:
+    """Make an artifact in memory. The same input gives the same bytes.
 
     Args:
-        path: File to write; it appears whole or not at all.
         config: Architecture of the model.
         stored: Its whole state dict as :func:`pgl.quant.quantize_state` returns it.
         metadata: JSON values to keep in the manifest, e.g. the tokenizer's SHA-256.
         codec: Name of the codec, see :data:`pgl.artifact.CODECS`.
-        limit_bytes: Largest length of the file, None for any.
+        limit_bytes: Largest length of the file, None for any. It may still be longer: whoever
+            writes it finds out.
         on_progress: Called after each stream with the share of all bytes that it was.
 
-    Returns:
-        What each part takes.
-
     Raises:
-        ArtifactTooLarge: The file would be longer than `limit_bytes`; nothing is written.
         ValueError: The tensors are not those of the model, the codec cannot be used, or the
             metadata are not JSON values.
     """
     # A kernel is a property of the machine that the model was trained on.
-    config = replace(config, attention_backend="auto")
+    config = replace(config, attention_backend="auto", kernels="auto")
     table = make_table(stored)
     try:
         check_table(table, config)
@@ -94,22 +113,33 @@ def save(
     raw = to_streams(table, stored)
     raw_bytes = max(sum(map(len, raw.values())), 1)
     for name, plan in plan_streams(table).items():
-        used = codec_for(codec, plan.is_codes)
-        packed[name] = compress(used, raw[name], code_layout(plan))
+        used, packed[name] = compress_best(codec, raw[name], code_layout(plan))
         digest = hashlib.sha256(raw[name]).hexdigest()
         records[name] = StreamRecord(used, len(packed[name]), len(raw[name]), digest)
         on_progress(len(raw[name]) / raw_bytes)
     manifest = write_manifest(config, table, records, metadata or {})
     archive = pack(manifest, _main_source(), packed, source_files())
-    report = measure(archive, table, records, limit_bytes)
-    if limit_bytes is not None and report.total_bytes > limit_bytes:
-        raise ArtifactTooLarge(
-            f"{path} would be {report.total_bytes:,} bytes, {report.total_bytes - limit_bytes:,} "
-            f"more than the limit of {limit_bytes:,}: nothing was written"
-        )
-    with atomic_write(path) as file:
-        file.write(archive.data)
-    return report
+    return Packed(archive.data, measure(archive, table, records, limit_bytes))
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: GPTConfig,
+    stored: Mapping[str, StoredTensor],
+    metadata: Mapping[str, Any] | None = None,
+    codec: str = "zstd",
+    limit_bytes: int | None = LIMIT_BYTES,
+) -> SizeReport:
+    """Write an artifact; see :func:`pack_model` for the arguments.
+
+    Returns:
+        What each part takes.
+
+    Raises:
+        ArtifactTooLarge: The file would be longer than `limit_bytes`; nothing is written.
+        ValueError: As :func:`pack_model`.
+    """
+    return pack_model(config, stored, metadata, codec, limit_bytes).write(path)
 
 
 def load(path: str | os.PathLike[str]) -> Artifact:
@@ -158,4 +188,4 @@ def _decompress_all(manifest: Manifest, packed: Mapping[str, bytes]) -> dict[str
 def _main_source() -> bytes:
     spec = importlib.util.find_spec("pgl.artifact.describe")
     assert spec is not None
-    return spec.loader.get_source(spec.name).encode()  # type: ignore[union-attr]
+    return code_only(spec.loader.get_source(spec.name)).encode()  # type: ignore[union-attr]

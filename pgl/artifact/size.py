@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pgl.artifact.container import MAIN, SOURCE, PackedArchive
 from pgl.artifact.manifest import StreamRecord
 from pgl.artifact.streams import SCALES, TableEntry
+from pgl.quant.errors import QuantizationError
 from pgl.quant.groups import GROUPS
 
 
@@ -17,6 +18,10 @@ class GroupSize:
     parameters: int
     raw_bytes: int
     packed_bytes: int
+    kinds: tuple[str, ...] = ()
+    """What its tensors are stored as, e.g. int6 and float16."""
+    codecs: tuple[str, ...] = ()
+    """What its streams are compressed with."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -53,24 +58,33 @@ class SizeReport:
         """Bytes left below the limit, negative beyond it."""
         return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
 
-    def table(self) -> str:
-        """Return the report as text."""
-        lines = [f"{'':<18}{'weights':>12}{'raw bytes':>13}{'packed bytes':>14}{'bits/weight':>13}"]
+    def table(self, errors: Mapping[str, QuantizationError] | None = None) -> str:
+        """Return the report as text.
+
+        Args:
+            errors: What quantisation lost, by group.
+        """
+        lines = [
+            f"{'':<18}{'weights':>12}{'packed bytes':>14}{'bits/weight':>13}"
+            f"{'error':>9}{'of outputs':>12}  stored as"
+        ]
         for group in self.groups:
             weights = f"{group.parameters:,}" if group.parameters else "-"
             bits = f"{group.bits_per_weight:.3f}" if group.parameters else "-"
+            error = (errors or {}).get(group.name)
+            outputs = None if error is None else error.output_relative
             lines.append(
-                f"{group.name:<18}{weights:>12}{group.raw_bytes:>13,}{group.packed_bytes:>14,}"
-                f"{bits:>13}"
+                f"{group.name:<18}{weights:>12}{group.packed_bytes:>14,}{bits:>13}"
+                f"{_percent(None if error is None else error.relative):>9}{_percent(outputs):>12}"
+                f"  {'+'.join(group.kinds)} {'+'.join(group.codecs)}"
             )
-        lines.append(f"{'source code':<18}{'':>25}{self.code_bytes:>14,}")
-        lines.append(f"{'container':<18}{'':>25}{self.overhead_bytes:>14,}")
+        lines.append(f"{'source code':<18}{'':>12}{self.code_bytes:>14,}")
+        lines.append(f"{'container':<18}{'':>12}{self.overhead_bytes:>14,}")
         bits = 8 * self.total_bytes / max(self.parameters, 1)
-        total = f"{'total':<18}{self.parameters:>12,}{'':>13}{self.total_bytes:>14,}{bits:>13.3f}"
-        lines.append(total)
+        lines.append(f"{'total':<18}{self.parameters:>12,}{self.total_bytes:>14,}{bits:>13.3f}")
         if self.limit_bytes is not None:
-            lines.append(f"{'limit':<18}{'':>25}{self.limit_bytes:>14,}")
-            lines.append(f"{'headroom':<18}{'':>25}{self.headroom_bytes:>14,}")
+            lines.append(f"{'limit':<18}{'':>12}{self.limit_bytes:>14,}")
+            lines.append(f"{'headroom':<18}{'':>12}{self.headroom_bytes:>14,}")
         return "\n".join(lines)
 
 
@@ -86,9 +100,10 @@ def measure(
         entries = [entry for entry in table if entry.group == group]
         if entries:
             records = [streams[name] for name in sorted({entry.stream for entry in entries})]
-            groups.append(_sum(group, sum(entry.numel for entry in entries), records))
+            kinds = tuple(sorted({entry.kind for entry in entries}))
+            groups.append(_sum(group, sum(entry.numel for entry in entries), records, kinds))
     if SCALES in streams:
-        groups.append(_sum("row scales", 0, [streams[SCALES]]))
+        groups.append(_sum("row scales", 0, [streams[SCALES]], ("float16",)))
     code_bytes = sum(
         size
         for name, size in archive.member_bytes.items()
@@ -100,6 +115,14 @@ def measure(
     return SizeReport(tuple(groups), code_bytes, overhead_bytes, total_bytes, limit_bytes)
 
 
-def _sum(name: str, parameters: int, records: Sequence[StreamRecord]) -> GroupSize:
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _sum(
+    name: str, parameters: int, records: Sequence[StreamRecord], kinds: tuple[str, ...]
+) -> GroupSize:
     raw_bytes = sum(record.raw_bytes for record in records)
-    return GroupSize(name, parameters, raw_bytes, sum(record.packed_bytes for record in records))
+    packed_bytes = sum(record.packed_bytes for record in records)
+    codecs = tuple(sorted({record.codec for record in records}))
+    return GroupSize(name, parameters, raw_bytes, packed_bytes, kinds, codecs)

@@ -12,8 +12,9 @@ ROOTS = ("pgl.artifact", "pgl.model")
 def source_files(roots: tuple[str, ...] = ROOTS) -> dict[str, bytes]:
     """Return the modules of pgl that `roots` import, directly or not, by path ("pgl/io.py").
 
-    Imports inside functions count too. Works for an installed pgl and for one that runs from inside
-    an artifact.
+    Imports inside functions count too. Comments and docstrings are left out: they take a third of
+    the bytes, and bytes are weights. Works for an installed pgl and for one that runs from inside
+    an artifact, with the same result.
     """
     found: dict[str, bytes] = {}
     waiting = list(roots)
@@ -26,11 +27,30 @@ def source_files(roots: tuple[str, ...] = ROOTS) -> dict[str, bytes]:
         spec = importlib.util.find_spec(module)
         assert spec is not None, f"{module} is imported but cannot be found"
         text = spec.loader.get_source(module)  # type: ignore[union-attr]
-        found[_path(spec)] = text.encode()
+        found[_path(spec)] = code_only(text).encode()
         if "." in module:
             waiting.append(module.rpartition(".")[0])
         waiting.extend(_imports(text))
     return dict(sorted(found.items()))
+
+
+def code_only(text: str) -> str:
+    """Return source without comments and docstrings, strings under attributes among them."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [statement for statement in body if not _is_text(statement)]
+            node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+    return f"{ast.unparse(tree)}\n"
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def _path(spec: ModuleSpec) -> str:

@@ -41,6 +41,11 @@ class GPTQConfig:
     """What picks the quantile when the grid's `clip` is "search": plain squared error (PR #703), or
     squared error of the layer's outputs, which is what GPTQ minimises."""
 
+    steps: Literal["grid", "balanced"] = "grid"
+    """Whether a row's step is the grid's, or each row and column gets the step at which an error
+    costs the same loss throughout the model. Balanced steps need the gradients of calibration
+    sequences; codes then use up to 8 bits, and the grids of the calibrated groups are not used."""
+
     def __post_init__(self) -> None:
         if self.damping < 0:
             raise ValueError(f"GPTQConfig.damping is {self.damping}: choose 0 or more")
@@ -129,3 +134,7 @@ class QuantConfig:
         return any(
             rule.store == "codes" and rule.method == "gptq" for rule in (self.attention, self.mlp)
         )
+
+    def needs_energies(self) -> bool:
+        """Tell whether GPTQ also needs to know how much the loss minds each output's error."""
+        return self.needs_hessians() and self.gptq.steps == "balanced"

@@ -6,6 +6,8 @@ quantile alone (the loss of quantising falls from .0084 to .0037 BPB).
 Shape legend: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,35 @@ def gptq(
     hessian_KCC = hessian_CC.detach().float().to(w_KRC.device)
     hessian_KCC = hessian_KCC.expand(num_matrices, num_columns, num_columns)
     with torch.no_grad(), full_float32(w_KRC.device.type):
-        rows = _gptq_stack(w_KRC, damp(hessian_KCC, config.damping), hessian_KCC, grid, config)
+        rows = search_codes(w_KRC, factorise(hessian_KCC, config), hessian_KCC, grid, config)
     return rows if stacked else RowCodes(rows.codes_RC[0], rows.scale_R[0])
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of the Hessians; it depends neither on the weights nor on the steps."""
+
+    order_KC: Tensor
+    """Order in which the columns are coded."""
+
+    upper_KCC: Tensor
+    """Upper triangular U of the damped and ordered Hessian, H^-1 = U^T U."""
+
+    def select(self, index: Tensor) -> "Factor":
+        """Return the factors of some of the matrices."""
+        return Factor(self.order_KC[index], self.upper_KCC[index])
+
+
+def factorise(hessian_KCC: Tensor, config: GPTQConfig) -> Factor:
+    """Damp, order and factorise Hessians; call it in full float32 precision.
+
+    Raises:
+        ValueError: One is not finite or not positive definite in spite of the damping.
+    """
+    damped_KCC = damp(hessian_KCC, config.damping)
+    order_KC = column_order(damped_KCC, config.act_order)
+    ordered_KCC = take_columns(take_columns(damped_KCC, order_KC).mT, order_KC)
+    return Factor(order_KC, inverse_factor(ordered_KCC))
 
 
 def damp(hessian_KCC: Tensor, fraction: float) -> Tensor:
@@ -77,15 +106,10 @@ def column_order(hessian_KCC: Tensor, act_order: bool) -> Tensor:
     return torch.arange(diagonal_KC.shape[-1], device=diagonal_KC.device).expand_as(diagonal_KC)
 
 
-def _gptq_stack(
-    w_KRC: Tensor, damped_KCC: Tensor, hessian_KCC: Tensor, grid: RowGrid, config: GPTQConfig
+def search_codes(
+    w_KRC: Tensor, factor: Factor, hessian_KCC: Tensor, grid: RowGrid, config: GPTQConfig
 ) -> RowCodes:
-    order_KC = column_order(damped_KCC, config.act_order)
-    ordered_KCC = _take_columns(_take_columns(damped_KCC, order_KC).mT, order_KC)
-    factor_KCC = inverse_factor(ordered_KCC)
-    ordered_KRC = _take_columns(w_KRC, order_KC)
-    inverse_order_KC = order_KC.argsort(dim=-1)
-
+    """Code matrices on the steps of a grid, each with the best of the quantiles it searches."""
     codes_KRC = torch.zeros_like(w_KRC, dtype=torch.int8)
     scale_KR = w_KRC.new_zeros(w_KRC.shape[:2])
     loss_K = w_KRC.new_full(w_KRC.shape[:1], torch.inf)
@@ -100,10 +124,9 @@ def _gptq_stack(
         if not len(index):
             continue
         some = scales.select(index)
-        found_KRC = _code_columns(
-            ordered_KRC[index], factor_KCC[index], some, grid, config.block_columns
+        found_KRC = code_columns(
+            w_KRC[index], factor.select(index), some, grid, config.block_columns
         )
-        found_KRC = _take_columns(found_KRC, inverse_order_KC[index])
         error_KRC = w_KRC[index] - found_KRC.float() * some.scale_R[..., None]
         found_loss_K = _loss(error_KRC, hessian_KCC[index], config.select_by)
         better = found_loss_K < loss_K[index]
@@ -114,10 +137,12 @@ def _gptq_stack(
     return RowCodes(codes_KRC, stored_scale(scale_KR))
 
 
-def _code_columns(
-    w_KRC: Tensor, factor_KCC: Tensor, scales: RowScales, grid: RowGrid, block_columns: int
+def code_columns(
+    w_KRC: Tensor, factor: Factor, scales: RowScales, grid: RowGrid, block_columns: int
 ) -> Tensor:
-    w_KRC = w_KRC.clone()
+    """Return GPTQ's int8 codes of matrices whose steps are given."""
+    factor_KCC = factor.upper_KCC
+    w_KRC = take_columns(w_KRC, factor.order_KC)
     codes_KRC = torch.empty_like(w_KRC, dtype=torch.int8)
     num_columns = w_KRC.shape[-1]
     scale_KR1 = scales.scale_R[..., None]
@@ -136,7 +161,7 @@ def _code_columns(
                 error_KR1, factor_KBB[:, i : i + 1, i + 1 :], alpha=-1
             )
         w_KRC[:, :, stop:].baddbmm_(errors_KRB, factor_KCC[:, start:stop, stop:], alpha=-1)
-    return codes_KRC
+    return take_columns(codes_KRC, factor.order_KC.argsort(dim=-1))
 
 
 def _loss(error_KRC: Tensor, hessian_KCC: Tensor, select_by: str) -> Tensor:
@@ -152,5 +177,6 @@ def _differ(scales: RowScales, earlier: RowScales) -> Tensor:
     return differ_K
 
 
-def _take_columns(x_KRC: Tensor, order_KC: Tensor) -> Tensor:
+def take_columns(x_KRC: Tensor, order_KC: Tensor) -> Tensor:
+    """Return a copy with the columns of each matrix in an order of its own."""
     return x_KRC.gather(-1, order_KC[:, None, :].expand_as(x_KRC))

@@ -1,18 +1,19 @@
-"""From a trained state dict to what is stored, and how much was lost on the way."""
+"""From a trained state dict to what is stored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pgl.quant.calibrated import CalibratedMatrices, Calibration, scaled_grid
 from pgl.quant.config import QuantConfig, TensorRule
-from pgl.quant.gptq import gptq
 from pgl.quant.groups import tensor_group
 from pgl.quant.prune import prune_by_magnitude
 from pgl.quant.rows import RowCodes, quantize_rows
 from pgl.quant.stored import DTYPES, StoredTensor
 
+MIN_BITS = 5
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -26,96 +27,111 @@ def storage_kind(name: str, shape: torch.Size, config: QuantConfig) -> str:
     return f"int{rule.grid.bits}" if rule.store == "codes" else rule.store
 
 
-@torch.no_grad()
-def quantize_state(
-    state_dict: Mapping[str, Tensor],
-    config: QuantConfig,
-    hessians: Mapping[str, Tensor] | None = None,
-    device: torch.device | str | None = None,
-) -> dict[str, StoredTensor]:
-    """Prune, quantise and round a state dict as the plan says.
+class StateQuantizer:
+    """Quantises one state dict, as often as asked with steps multiplied by another factor.
+
+    Pruning and factorising the Hessians are done once. With several processes each one codes its
+    share of the matrices that GPTQ calibrates, and all get all; they have to call it together.
 
     Args:
         state_dict: Weights by name, floating point.
         config: The plan.
-        hessians: For groups quantised by GPTQ, the Hessian (C, C) of each of their matrices by
-            parameter name, as :func:`pgl.quant.collect_hessians` returns them.
+        calibration: For groups quantised by GPTQ, what was collected for each of their matrices.
         device: Where the work is done; None does it where each tensor is.
-
-    Returns:
-        Stored tensors on the CPU, in the order of the state dict.
 
     Raises:
         ValueError: A tensor is not floating point, not finite or too large for its storage dtype,
-            or a Hessian is missing.
+            or lacks what GPTQ needs.
     """
-    stored: dict[str, StoredTensor] = {}
-    calibrated: dict[tuple[torch.Size, str], list[str]] = {}
-    for name, tensor in state_dict.items():
-        _check_tensor(name, tensor)
-        group = tensor_group(name, tensor.ndim)
-        kind = storage_kind(name, tensor.shape, config)
-        prepared = _prune(tensor.detach().to(device), config)
-        template = StoredTensor(group, "float32", _DTYPE_NAMES[tensor.dtype], prepared.float())
-        stored[name] = template
-        if not kind.startswith("int"):
-            stored[name] = replace(template, kind=kind, data=_cast(name, prepared, kind))
-            continue
-        rule = config.rule(group)
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        state_dict: Mapping[str, Tensor],
+        config: QuantConfig,
+        calibration: Calibration | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.config = config
+        self._fixed: dict[str, StoredTensor] = {}
+        self._rounded: dict[str, Tensor] = {}
+        self._order = list(state_dict)
+        self._templates: dict[str, StoredTensor] = {}
+        calibrated: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            _check_tensor(name, tensor)
+            group = tensor_group(name, tensor.ndim)
+            kind = storage_kind(name, tensor.shape, config)
+            prepared = _prune(tensor.detach().to(device), config)
+            empty = torch.empty(0)
+            template = StoredTensor(group, "float32", _DTYPE_NAMES[tensor.dtype], empty)
+            rule = config.rule(group)
+            if not kind.startswith("int"):
+                data = _cast(name, prepared, kind).cpu()
+                self._fixed[name] = replace(template, kind=kind, data=data)
+            elif rule is not None and rule.method == "gptq":
+                calibrated[name] = prepared.float()
+            else:
+                self._rounded[name] = prepared.float()
+            self._templates[name] = template
+        grids = {name: self._rule(name).grid for name in calibrated}
+        self._gptq = CalibratedMatrices(calibrated, grids, calibration, config.gptq)
+
+    @torch.no_grad()
+    def __call__(self, step_factor: float = 1.0) -> dict[str, StoredTensor]:
+        """Return stored tensors on the CPU, in the order of the state dict."""
+        coded = self._gptq.code(step_factor)
+        for name, weight in self._rounded.items():
+            grid = self._rule(name).grid
+            coded[name] = _to_cpu(quantize_rows(weight, scaled_grid(grid, step_factor)))
+        kinds = self._kinds(coded, step_factor)
+        stored = dict(self._fixed)
+        for name, rows in coded.items():
+            template = self._templates[name]
+            stored[name] = replace(
+                template,
+                kind=kinds[name],
+                data=rows.codes_RC,
+                scale_R=rows.scale_R,
+            )
+        return {name: stored[name] for name in self._order}
+
+    def _rule(self, name: str) -> TensorRule:
+        rule = self.config.rule(self._templates[name].group)
         assert rule is not None
-        if rule.method == "gptq":
-            calibrated.setdefault((tensor.shape, group), []).append(name)
-        else:
-            stored[name] = _with_codes(template, quantize_rows(prepared, rule.grid), rule)
-    for (_, group), names in calibrated.items():
-        rule = config.rule(group)
-        assert rule is not None
-        weights_KRC = torch.stack([stored[name].data for name in names])
-        hessians_KCC = _stack_hessians(names, hessians, weights_KRC)
-        rows = gptq(weights_KRC, hessians_KCC, rule.grid, config.gptq)
-        for k, name in enumerate(names):
-            one = RowCodes(rows.codes_RC[k], rows.scale_R[k])
-            stored[name] = _with_codes(stored[name], one, rule)
-    return {name: _to_cpu(tensor) for name, tensor in stored.items()}
+        return rule
+
+    def _is_balanced(self, name: str) -> bool:
+        return self.config.gptq.steps == "balanced" and self._rule(name).method == "gptq"
+
+    def _kinds(self, coded: Mapping[str, RowCodes], step_factor: float) -> dict[str, str]:
+        """Return the plan's kinds, or where steps are others the narrowest that hold each group."""
+        bits: dict[str, int] = {}
+        for name, rows in coded.items():
+            group = self._templates[name].group
+            if step_factor == 1 and not self._is_balanced(name):
+                bits[group] = self._rule(name).grid.bits
+            else:
+                bits[group] = max(bits.get(group, MIN_BITS), bits_of(rows.codes_RC))
+        return {name: f"int{bits[self._templates[name].group]}" for name in coded}
 
 
-@dataclass(frozen=True)
-class QuantizationError:
-    """What storing a tensor lost."""
-
-    relative: float
-    """Norm of the error over the norm of the weights."""
-
-    output_relative: float | None
-    """The same for the layer's outputs on the calibration data; None without a Hessian."""
-
-
-@torch.no_grad()
-def quantization_errors(
+def quantize_state(
     state_dict: Mapping[str, Tensor],
-    stored: Mapping[str, StoredTensor],
-    hessians: Mapping[str, Tensor] | None = None,
-) -> dict[str, QuantizationError]:
-    """Compare stored tensors with the weights they came from, tensor by tensor."""
-    errors = {}
-    for name, tensor in stored.items():
-        weight = state_dict[name].detach().float().cpu()
-        error = weight - tensor.weights().cpu()
-        output = None
-        if hessians is not None and name in hessians:
-            hessian_CC = hessians[name].float().cpu()
-            output = _ratio(_energy(error, hessian_CC), _energy(weight, hessian_CC)) ** 0.5
-        relative = _ratio(error.norm().item(), weight.norm().item())
-        errors[name] = QuantizationError(relative, output)
-    return errors
+    config: QuantConfig,
+    calibration: Calibration | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, StoredTensor]:
+    """Prune, quantise and round a state dict as the plan says; see :class:`StateQuantizer`."""
+    return StateQuantizer(state_dict, config, calibration, device)()
 
 
-def _energy(w_RC: Tensor, hessian_CC: Tensor) -> float:
-    return max((w_RC @ hessian_CC * w_RC).sum().item(), 0.0)
-
-
-def _ratio(error: float, size: float) -> float:
-    return error / size if size > 0 else 0.0
+def bits_of(codes: Tensor) -> int:
+    """Return the narrowest kind of codes, 5 to 8 bits, that holds all of these."""
+    if not codes.numel():
+        return MIN_BITS
+    low, high = (int(end) for end in codes.aminmax())
+    return max(MIN_BITS, 1 + max(high, -low - 1, 0).bit_length())
 
 
 def _prune(tensor: Tensor, config: QuantConfig) -> Tensor:
@@ -143,24 +159,5 @@ def _cast(name: str, tensor: Tensor, kind: str) -> Tensor:
     return cast
 
 
-def _with_codes(template: StoredTensor, rows: RowCodes, rule: TensorRule) -> StoredTensor:
-    kind = f"int{rule.grid.bits}"
-    return replace(template, kind=kind, data=rows.codes_RC, scale_R=rows.scale_R)
-
-
-def _stack_hessians(
-    names: list[str], hessians: Mapping[str, Tensor] | None, like: Tensor
-) -> Tensor:
-    for name in names:
-        if hessians is None or name not in hessians:
-            raise ValueError(
-                f"{name} is to be quantised by GPTQ but has no calibration Hessian: collect "
-                'Hessians first, or set its group\'s method to "round"'
-            )
-    assert hessians is not None
-    return torch.stack([hessians[name].to(like) for name in names])
-
-
-def _to_cpu(tensor: StoredTensor) -> StoredTensor:
-    scale_R = None if tensor.scale_R is None else tensor.scale_R.cpu()
-    return replace(tensor, data=tensor.data.cpu(), scale_R=scale_R)
+def _to_cpu(rows: RowCodes) -> RowCodes:
+    return RowCodes(rows.codes_RC.cpu(), rows.scale_R.cpu())

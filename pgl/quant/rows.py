@@ -12,6 +12,7 @@ from torch import Tensor
 
 SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 LARGEST_FLOAT16 = 65504.0
+WIDEST_CODE = 127
 
 
 @dataclass
@@ -53,6 +54,10 @@ class RowGrid:
     extra_negative_code: bool = False
     """Let codes reach ``-(m + 1)`` (PR #324, PR #388)."""
 
+    step_factor: float = 1.0
+    """Multiplies every step. Unless it is 1, codes may use 8 bits whatever `bits` says. The search
+    for the size limit sets it."""
+
     def __post_init__(self) -> None:
         if not 5 <= self.bits <= 8:
             raise ValueError(f"RowGrid.bits is {self.bits}: choose 5, 6, 7 or 8")
@@ -65,6 +70,8 @@ class RowGrid:
                 f"RowGrid.search_quantiles is {self.search_quantiles}: "
                 "give at least one value, each in (0, 1]"
             )
+        if not self.step_factor > 0:
+            raise ValueError(f"RowGrid.step_factor is {self.step_factor}: choose a value above 0")
         if self.scale_floor is not None and not (
             SMALLEST_NORMAL_FLOAT16 <= self.scale_floor <= LARGEST_FLOAT16
         ):
@@ -74,9 +81,14 @@ class RowGrid:
             )
 
     @property
+    def clip_code(self) -> int:
+        """Code that the clip value stands for at the grid's own step."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
     def max_code(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return self.clip_code if self.step_factor == 1 else WIDEST_CODE
 
     @property
     def min_code(self) -> int:
@@ -127,10 +139,19 @@ def row_scales(w_RC: Tensor, grid: RowGrid) -> Iterator[RowScales]:
     floor = SMALLEST_NORMAL_FLOAT16 if grid.scale_floor is None else grid.scale_floor
     for p in quantiles[grid.clip]:
         clip_R = magnitude_RC.amax(-1) if p == 1 else row_quantile(magnitude_RC, p)
-        scale_R = (clip_R / grid.max_code).clamp(min=floor)
+        scale_R = (clip_R / grid.clip_code).clamp(min=floor)
+        if grid.step_factor != 1:
+            scale_R = storable(scale_R * grid.step_factor, magnitude_RC)
         if grid.round_scale_first:
             scale_R = scale_R.half().float()
         yield RowScales(scale_R, clip_R if grid.clip_weights else None)
+
+
+def storable(scale_R: Tensor, magnitude_RC: Tensor) -> Tensor:
+    """Return steps that float16 holds, and that no weight of the row has a code beyond 127 for."""
+    least_R = magnitude_RC.amax(-1) / WIDEST_CODE if magnitude_RC.shape[-1] else scale_R
+    scale_R = torch.maximum(scale_R, least_R)
+    return scale_R.clamp(SMALLEST_NORMAL_FLOAT16, LARGEST_FLOAT16)
 
 
 def encode(w_RC: Tensor, scales: RowScales, grid: RowGrid) -> Tensor:

@@ -1,4 +1,5 @@
 import contextlib
+import lzma
 import random
 import time
 import zlib
@@ -9,6 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgl.artifact import entropy
 from pgl.artifact.entropy import decode, encode
 from pgl.artifact.errors import CodecError
 from pgl.artifact.rans import TOTAL, normalise
@@ -90,6 +92,35 @@ def test_rows_and_columns_of_other_spread_pay():
     by_both = gaussian(1024, 512, rows, columns_too=columns)
     shuffled = np.random.default_rng(2).permuted(by_both, axis=1)
     assert len(round_trip(by_both)) < 0.97 * len(round_trip(shuffled))
+
+
+def trained_like(rows=1536, columns=512, seed=3):
+    """Codes with the spreads of a trained MLP: wide over hidden units, narrow over the others."""
+    rng = np.random.default_rng(seed)
+    by_row = 0.07 * 2 ** rng.normal(0, 0.7, rows)
+    return gaussian(rows, columns, by_row, columns_too=2 ** rng.normal(0, 0.1, columns))
+
+
+def test_smaller_than_the_general_codecs_on_codes_of_a_trained_kind():
+    matrices = [trained_like(seed=seed) for seed in range(2)]
+    data = b"".join(matrix.tobytes() for matrix in matrices)
+    packed = len(round_trip(*matrices))
+    assert packed < 0.97 * len(zstandard.ZstdCompressor(level=22).compress(data))
+    assert packed < 0.97 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+
+def test_as_long_as_its_model_predicts():
+    matrices = [trained_like(), gaussian(512, 512, 0.1)]
+    codes = np.concatenate([matrix.ravel() for matrix in matrices])
+    low = int(codes.min())
+    symbols = (codes - np.int16(low)).astype(np.uint8)
+    layout = [matrix.shape for matrix in matrices]
+    levels, side = entropy._choose_levels(codes, symbols, int(symbols.max()) + 1, layout)
+    class_N = entropy._classes(levels, layout)
+    tables = entropy._frequencies(entropy._count(class_N, symbols, int(symbols.max()) + 1))
+    share = tables.frequency_KS[class_N, symbols] / TOTAL
+    predicted_bytes = -np.log2(share).sum() / 8 + len(side)
+    assert predicted_bytes < len(round_trip(*matrices)) < 1.01 * predicted_bytes
 
 
 def test_damage_is_noticed():

@@ -3,19 +3,24 @@
 import io
 import json
 import random
+import resource
 import zipfile
 
 import pytest
 import torch
 
-from pgl.artifact import ArtifactError, load, save
+from pgl.artifact import CODECS, ArtifactError, load, save
 from pgl.artifact.container import pack, seal, unpack
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_config, tiny_stored):
+    return packed_with("zstd", tmp_path_factory, tiny_config, tiny_stored)
+
+
+def packed_with(codec, tmp_path_factory, config, stored):
     path = tmp_path_factory.mktemp("artifact") / "m"
-    save(path, tiny_config, tiny_stored)
+    save(path, config, stored, codec=codec)
     return path.read_bytes()
 
 
@@ -56,7 +61,8 @@ def mutate(whole, rng):
     # Weights and source are most of the file; the structures at both ends deserve more hits.
     limit = rng.choice([200, 3000, len(data)])
     position = rng.randrange(limit)
-    position = rng.choice([position, len(data) - 1 - position])
+    streams = data.index(b"weights/"), data.index(b"source/")
+    position = rng.choice([position, len(data) - 1 - position, rng.randrange(*streams)])
     if kind == "flip":
         data[position] ^= 1 << rng.randrange(8)
     elif kind == "byte":
@@ -103,8 +109,20 @@ def test_mutations(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_mutations(whole, tmp_path):
+@pytest.mark.parametrize("codec", CODECS)
+def test_many_mutations(codec, tmp_path_factory, tiny_config, tiny_stored, tmp_path):
+    whole = packed_with(codec, tmp_path_factory, tiny_config, tiny_stored)
+    before = resource.getrusage(resource.RUSAGE_SELF)
     assert fuzz(whole, tmp_path / "m", 10_000) < 10_000
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 200_000  # KiB, for a file of 60 KB
+    assert after.ru_utime - before.ru_utime < 10_000 * 0.03
+
+
+@pytest.mark.parametrize("codec", ["rans", "lzma"])
+def test_mutations_of_other_codecs(codec, tmp_path_factory, tiny_config, tiny_stored, tmp_path):
+    whole = packed_with(codec, tmp_path_factory, tiny_config, tiny_stored)
+    assert fuzz(whole, tmp_path / "m", 100) < 100
 
 
 def test_every_truncation(whole, tmp_path):

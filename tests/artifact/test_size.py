@@ -1,7 +1,7 @@
 import zipfile
 
 from pgl.artifact import save
-from pgl.quant import GROUPS
+from pgl.quant import GROUPS, QuantizationError
 
 
 def test_every_byte_has_its_line(tmp_path, tiny_config, tiny_stored):
@@ -29,8 +29,13 @@ def test_every_byte_has_its_line(tmp_path, tiny_config, tiny_stored):
 
 def test_table(tmp_path, tiny_config, tiny_stored):
     report = save(tmp_path / "m", tiny_config, tiny_stored)
-    lines = report.table().splitlines()
-    assert len({len(line) for line in lines}) == 2  # aligned: with bits per weight, and without
+    error = QuantizationError(error=0.01, energy=1.0, output_error=0.0004, output_energy=1.0)
+    lines = report.table({"mlp": error}).splitlines()
+    ends = {line.index(f"{g.packed_bytes:,}") + len(f"{g.packed_bytes:,}") for g in report.groups
+            for line in lines if line.startswith(g.name)}  # fmt: skip
+    assert len(ends) == 1  # the numbers are aligned
+    [mlp] = [line for line in lines if line.startswith("mlp")]
+    assert mlp.split()[-4:] == ["10.00%", "2.00%", "int6", "zstd"]
     for word in ("attention", "row scales", "source code", "container", "total", "headroom"):
         assert sum(word in line for line in lines) == 1
     assert f"{report.total_bytes:,}" in report.table()

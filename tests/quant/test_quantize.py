@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pgl.quant import (
+    Calibration,
     QuantConfig,
     RowGrid,
     TensorRule,
@@ -100,7 +101,7 @@ def test_gptq_groups_use_their_hessians(state, hessians):
     config = replace(SMALL, attention=TensorRule(method="gptq"), mlp=TensorRule(method="gptq"))
     assert config.needs_hessians()
     assert not SMALL.needs_hessians()
-    stored = quantize_state(state, config, hessians)
+    stored = quantize_state(state, config, Calibration(hessians))
     for name in hessians:
         alone = gptq(state[name], hessians[name], RowGrid())
         assert torch.equal(stored[name].data, alone.codes_RC)
@@ -160,7 +161,7 @@ def test_pruning_acts_on_large_matrices_only(state):
 def test_users_mistakes_are_named(state, hessians):
     config = replace(SMALL, mlp=TensorRule(method="gptq"))
     with pytest.raises(ValueError, match=r"blocks.0.mlp.fc.weight .* no calibration Hessian"):
-        quantize_state(state, config, {})
+        quantize_state(state, config, Calibration({}))
     with pytest.raises(ValueError, match=r"step is torch.int64"):
         quantize_state({"step": torch.tensor(1)}, SMALL)
     with pytest.raises(ValueError, match=r"blocks.0.attn.q_gain holds NaN"):
