@@ -1,11 +1,23 @@
 """Scoring: byte counts, bits per byte, evaluation windows, test-time training."""
 
-from pgl.evaluate.adapt import TTTConfig
+from pgl.evaluate.adapt import FullTTTConfig, SGDConfig, TTTConfig, sequence_loss
 from pgl.evaluate.audit import AuditReport, ByteAuditError, audit_bytes
-from pgl.evaluate.bits_per_byte import BitsPerByte
+from pgl.evaluate.bits_per_byte import BitsPerByte, RunningBPB
 from pgl.evaluate.byte_table import ByteTable, target_bytes
-from pgl.evaluate.loader import TokenShards, WindowBatch, WindowLoader
-from pgl.evaluate.score import BatchScores, evaluate_windows, score_batch
+from pgl.evaluate.loader import (
+    WindowBatch,
+    WindowLoader,
+    default_batch_windows,
+    tokens_on,
+)
+from pgl.evaluate.probes import Probes, probe
+from pgl.evaluate.score import (
+    BatchScores,
+    compiled_scorer,
+    evaluate_windows,
+    score_batch,
+)
+from pgl.evaluate.score_map import DocumentScore, ScoreMap, document_scores, worst_documents
 from pgl.evaluate.ttt import (
     ChunkRecord,
     restored_weights,
@@ -21,18 +33,30 @@ __all__ = [
     "ByteAuditError",
     "ByteTable",
     "ChunkRecord",
+    "DocumentScore",
+    "FullTTTConfig",
+    "Probes",
+    "RunningBPB",
+    "SGDConfig",
+    "ScoreMap",
     "TTTConfig",
-    "TokenShards",
     "WindowBatch",
     "WindowLoader",
     "audit_bytes",
+    "compiled_scorer",
+    "default_batch_windows",
+    "document_scores",
     "evaluate_windows",
     "exact_windows",
+    "probe",
     "restored_weights",
     "score_batch",
     "score_first_ttt",
+    "sequence_loss",
     "shard",
     "sliding_windows",
     "target_bytes",
+    "tokens_on",
     "train_on_all",
+    "worst_documents",
 ]

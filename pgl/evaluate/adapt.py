@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pgl.evaluate.loader import TokenShards
-from pgl.evaluate.score import autocast, evaluation_mode
+from pgl.evaluate.score import TokenLosses, autocast, evaluation_mode
 from pgl.evaluate.windows import shard_range
 
 Trainable = Callable[[str], bool]
@@ -20,20 +19,17 @@ Trainable = Callable[[str], bool]
 
 
 @dataclass
-class TTTConfig:
-    """Test-time training by plain SGD. The defaults are those of PR #549."""
-
-    chunk_tokens: int = 32768
-    """Targets scored before the weights are trained on them."""
+class SGDConfig:
+    """Plain SGD on sequences of text."""
 
     lr: float = 0.002
-    """Learning rate of the first chunk; falls to 0 at the last along half a cosine."""
+    """Learning rate."""
 
     epochs: int = 3
-    """Passes over each chunk."""
+    """Passes over the text."""
 
     momentum: float = 0.9
-    """SGD momentum, carried over from chunk to chunk."""
+    """SGD momentum."""
 
     grad_clip_norm: float = 1.0
     """Largest norm of the gradient over all parameters."""
@@ -48,7 +44,7 @@ class TTTConfig:
     """Leave the parameters of this many first blocks as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "epochs", "batch_seqs", "micro_batch_seqs"):
+        for name in ("epochs", "batch_seqs", "micro_batch_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("lr", "grad_clip_norm"):
@@ -61,15 +57,61 @@ class TTTConfig:
 
 
 @dataclass
+class TTTConfig(SGDConfig):
+    """Score-first test-time training. The defaults are those of PR #549."""
+
+    lr: float = 0.002
+    """Learning rate of the first chunk; falls to 0 at the last along half a cosine."""
+
+    epochs: int = 3
+    """Passes over each chunk."""
+
+    momentum: float = 0.9
+    """SGD momentum, carried over from chunk to chunk."""
+
+    chunk_tokens: int = 32768
+    """Targets scored before the weights are trained on them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+
+
+@dataclass
+class FullTTTConfig(SGDConfig):
+    """Training on all of the validation text before it is scored. The defaults are PR #388's."""
+
+    lr: float = 0.008
+    """Learning rate, the same in every step."""
+
+    epochs: int = 25
+    """Passes over the validation text."""
+
+    batch_seqs: int = 256
+    """Sequences in one SGD step, over all processes (PR #388: 32 on each of 8)."""
+
+
+SequenceLoss = Callable[[TokenLosses, Tensor, Tensor], Tensor]
+
+
+def sequence_loss(gpt: TokenLosses, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    """Sum of the nats of all targets, 0-d float32; what a training step differentiates."""
+    return gpt.token_losses(ids_BS, targets_BS).sum()
+
+
+@dataclass
 class ChunkTrainer:
     """SGD on stretches of the text, shared out over the processes."""
 
     gpt: nn.Module
     optimizer: torch.optim.SGD
-    shards: TokenShards
-    config: TTTConfig
+    tokens_N: Tensor
+    config: SGDConfig
     seq_len: int
-    autocast_dtype: torch.dtype | None
+    autocast_dtype: torch.dtype | None = None
+    loss: SequenceLoss = sequence_loss
+    """Such as a compiled :func:`sequence_loss`."""
 
     def train(self, start: int, stop: int, lr: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Train on the whole sequences of targets ``start .. stop - 1``.
@@ -102,13 +144,13 @@ class ChunkTrainer:
 
     def _backward(self, start: int, num_seqs: int, targets_of_step: int) -> Tensor:
         """Add a micro-batch's share of the step's mean loss to the gradients, and return it."""
-        tokens = self.shards.read(start, start + num_seqs * self.seq_len + 1)
-        device = self.optimizer.param_groups[0]["params"][0].device
-        ids = torch.from_numpy(tokens).to(device)
-        ids_BS, targets_BS = ids[:-1].view(num_seqs, -1), ids[1:].view(num_seqs, -1)
-        with autocast(device, self.autocast_dtype):
-            nats_BS = self.gpt.token_losses(ids_BS, targets_BS)
-        loss = nats_BS.sum() / targets_of_step
+        # Clones: the text may have been made under inference_mode, and a view of it is not saved
+        # for backward.
+        ids = self.tokens_N[start : start + num_seqs * self.seq_len + 1].clone()
+        ids_BS = ids[:-1].view(num_seqs, -1)
+        targets_BS = ids[1:].clone().view(num_seqs, -1)
+        with autocast(ids.device, self.autocast_dtype):
+            loss = self.loss(self.gpt, ids_BS, targets_BS) / targets_of_step
         loss.backward()
         return loss.detach()
 
@@ -129,7 +171,7 @@ def _sum_over_processes(loss: Tensor, params: list[Tensor]) -> Tensor:
 
 @contextmanager
 def training_run(
-    gpt: nn.Module, config: TTTConfig, trainable: Trainable | None
+    gpt: nn.Module, config: SGDConfig, trainable: Trainable | None
 ) -> Iterator[torch.optim.SGD]:
     """Gradients on for the trained parameters only; flags and modes are put back afterwards."""
     if trainable is None:

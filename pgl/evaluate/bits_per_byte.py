@@ -111,3 +111,35 @@ class BitsPerByte(Metric):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move_only, exclude_state)
+
+
+class RunningBPB:
+    """Bits per byte of a metric so far, on this rank, read without making the device wait.
+
+    Each :meth:`read` starts a copy of the sums to the host and returns what the copy before it
+    brought: the device always has a batch in its queue, and the host is never further ahead.
+
+    Args:
+        metric: The metric to read.
+    """
+
+    def __init__(self, metric: BitsPerByte) -> None:
+        self.metric = metric
+        self._copied: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def read(self) -> float:
+        """Return the value at the time of the last call; NaN at the first."""
+        before = self._copied
+        sums_2 = torch.stack([self.metric.nats, self.metric.num_bytes.double()])
+        event = None
+        sums_on_host_2 = sums_2.to("cpu", non_blocking=True)
+        if sums_2.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._copied = (sums_on_host_2, event)
+        if before is None:
+            return math.nan
+        if before[1] is not None:
+            before[1].synchronize()
+        nats, num_bytes = before[0].tolist()
+        return nats / math.log(2.0) / num_bytes if num_bytes else math.nan

@@ -1,4 +1,4 @@
-"""Evaluation windows cut out of the token shards, in batches of few shapes.
+"""Evaluation windows gathered on the device that scores them, in batches of few shapes.
 
 Shapes: B windows in a batch, S window length, W windows, N tokens.
 """
@@ -12,12 +12,17 @@ from torch import Tensor
 
 from pgl.evaluate.windows import Tail, shard_range, sliding_windows
 
+TOKENS_OF_A_CUDA_BATCH = 262_144
+
 
 class WindowBatch(NamedTuple):
     """Windows to score together: inputs ``tokens[:, :-1]``, targets ``tokens[:, 1:]``."""
 
     tokens_BS1: Tensor
     """int32 (B, S + 1); 0 to the right of a window shorter than S."""
+
+    start_B: Tensor
+    """int64: index of the window's first token in the text."""
 
     first_scored_B: Tensor
     """int64: first position that is scored, counted from the start of the window."""
@@ -28,78 +33,73 @@ class WindowBatch(NamedTuple):
     last: int
     """Number of trailing positions that hold all the scored ones: the head is needed there only."""
 
+    alone: bool = False
+    """One of the few windows that come by themselves; not worth compiling for."""
 
-class TokenShards:
-    """Token shards end to end, as one sequence that copies nothing until a slice is read.
 
-    Args:
-        arrays: One array, or several in order (``np.memmap`` stays on disk).
+Tokens = np.ndarray | Sequence[np.ndarray] | Tensor
+"""Token array, several shards in order, or what :func:`tokens_on` made of them."""
+
+
+def tokens_on(device: torch.device | str, tokens: Tokens) -> Tensor:
+    """The whole text on one device, (N,) int32; a tensor that is there already is not copied.
+
+    62 M tokens, the challenge's validation split, take 248 MB.
     """
-
-    def __init__(self, arrays: np.ndarray | Sequence[np.ndarray]) -> None:
-        self.arrays = [arrays] if isinstance(arrays, np.ndarray) else list(arrays)
-        self.offsets = np.cumsum([0] + [len(array) for array in self.arrays])
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start .. stop - 1`` as int32, across shard ends."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        out = np.empty(stop - start, dtype=np.int32)
-        index = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        done = 0
-        while done < len(out):
-            offset = start + done - int(self.offsets[index])
-            part = self.arrays[index][offset : offset + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-            index += 1
-        return out
+    if isinstance(tokens, Tensor):
+        return tokens.to(device, torch.int32)
+    shards = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+    whole = np.concatenate([np.asarray(shard, dtype=np.int32) for shard in shards])
+    return torch.from_numpy(whole).to(device)
 
 
-Tokens = np.ndarray | Sequence[np.ndarray] | TokenShards
-"""Token array, or several shards in order."""
-
-
-def open_tokens(tokens: Tokens, num_targets: int | None) -> tuple[TokenShards, int]:
-    """The shards as one sequence, and how many of its targets to use: all where it is None.
+def count_targets(tokens_N: Tensor, num_targets: int | None) -> int:
+    """How many targets to use: all where ``num_targets`` is None.
 
     Raises:
         ValueError: There are not that many.
     """
-    shards = tokens if isinstance(tokens, TokenShards) else TokenShards(tokens)
-    available = len(shards) - 1
+    available = len(tokens_N) - 1
     if num_targets is not None and num_targets > available:
         raise ValueError(
             f"num_targets is {num_targets} but the validation data holds {available} targets; "
             "lower it or leave it unset"
         )
-    return shards, available if num_targets is None else num_targets
+    return available if num_targets is None else num_targets
+
+
+def default_batch_windows(device: torch.device, seq_len: int) -> int:
+    """Windows of one forward pass: 262,144 tokens on CUDA, 32 windows elsewhere."""
+    return max(TOKENS_OF_A_CUDA_BATCH // seq_len, 1) if device.type == "cuda" else 32
 
 
 class WindowLoader:
     """The evaluation windows of one rank, in batches: a validation dataloader.
 
-    Windows are shared out in contiguous parts without duplicates. A batch has one of two shapes,
-    so that a compiled model is compiled at most twice: the bulk, ``batch_windows`` full windows of
-    which at most the last ``stride`` positions are scored; and single windows that need the head
-    everywhere (the first window, and those cut short by the end of the text).
+    Windows are shared out in contiguous parts without duplicates. The text lies on ``device`` and
+    windows are gathered there: a batch costs the host a few launches and no copy.
+
+    A batch has one of two shapes, so that a compiled model is compiled at most twice: the bulk,
+    ``batch_windows`` full windows of which at most the last ``stride`` positions are scored; and
+    single windows that need the head everywhere (the first window of an overlapping evaluation,
+    and those cut short by the end of the text). The last bulk batch is filled with rows that score
+    nothing: neither the number of windows nor the number of processes changes the shape, and so
+    the arithmetic, of a batch.
     Every rank yields the same number of batches of each shape, so that a collective inside the
-    model cannot hang: what a rank lacks is filled with rows that score nothing.
+    model cannot hang: what a rank lacks is filled likewise.
 
     Args:
-        tokens: Token array, or several shards in order.
+        tokens: Token array, several shards in order, or a tensor of :func:`tokens_on`.
         seq_len: Window length in tokens.
         stride: Targets that a window adds; ``seq_len`` gives chunked evaluation.
-        batch_windows: Windows in a bulk batch.
+        batch_windows: Windows in a bulk batch. None: :func:`default_batch_windows`.
         tail: See :func:`pgl.evaluate.windows.sliding_windows`.
         num_targets: Score only this many targets from the start; None scores all.
         windows_W3: These windows instead of those of ``tail`` and ``num_targets`` (test-time
             training scores chunk by chunk).
         rank: This process.
         world_size: Number of processes.
-        pin_memory: Put batches into page-locked memory, for copies that do not block.
+        device: Where batches are made, and the text is kept.
 
     Raises:
         ValueError: A size does not fit; see the message.
@@ -111,15 +111,19 @@ class WindowLoader:
         *,
         seq_len: int,
         stride: int,
-        batch_windows: int = 32,
+        batch_windows: int | None = 32,
         tail: Tail = "exact",
         num_targets: int | None = None,
         windows_W3: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.tokens, num_targets = open_tokens(tokens, num_targets)
+        self.device = torch.device(device)
+        self.tokens_N = tokens_on(self.device, tokens)
+        num_targets = count_targets(self.tokens_N, num_targets)
+        if batch_windows is None:
+            batch_windows = default_batch_windows(self.device, seq_len)
         if batch_windows < 1:
             raise ValueError(f"batch_windows is {batch_windows}; it must be at least 1")
         if windows_W3 is None:
@@ -127,8 +131,12 @@ class WindowLoader:
         self.seq_len = seq_len
         self.stride = stride
         self.batch_windows = batch_windows
-        self.pin_memory = pin_memory
         self._share_out(windows_W3, rank, world_size)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of the whole text."""
+        return len(self.tokens_N) - 1
 
     def _share_out(self, windows_W3: np.ndarray, rank: int, world_size: int) -> None:
         start_W, end_W, first_W = windows_W3.T
@@ -147,30 +155,32 @@ class WindowLoader:
         return self.num_single_batches + self.num_bulk_batches
 
     def __iter__(self) -> Iterator[WindowBatch]:
-        for i in range(self.num_single_batches):
-            yield self._batch(self.single_windows_W3[i : i + 1], 1, self.seq_len)
-        for i in range(self.num_bulk_batches):
-            first = i * self.batch_windows
-            rows_B3 = self.bulk_windows_W3[first : first + self.batch_windows]
-            yield self._batch(rows_B3, self.batch_windows, self.stride)
+        yield from self._batches(self.single_windows_W3, self.num_single_batches, 1, self.seq_len)
+        yield from self._batches(
+            self.bulk_windows_W3, self.num_bulk_batches, self.batch_windows, self.stride
+        )
 
-    def _batch(self, rows_B3: np.ndarray, num_rows: int, last: int) -> WindowBatch:
-        # A new tensor each time: an asynchronous copy of the one before may still be under way.
-        # Padding rows read token 0 and score nothing.
-        tokens_BS1 = torch.empty(
-            (num_rows, self.seq_len + 1), dtype=torch.int32, pin_memory=self.pin_memory
+    def _batches(
+        self, windows_W3: np.ndarray, count: int, num_rows: int, last: int
+    ) -> Iterator[WindowBatch]:
+        # Padding rows are windows of no length: they read zeros and score nothing.
+        rows_R3 = np.zeros((count * num_rows, 3), dtype=np.int64)
+        rows_R3[: len(windows_W3)] = windows_W3
+        rows_R3 = torch.from_numpy(rows_R3).to(self.device)
+        for index in range(count):
+            rows_B3 = rows_R3[index * num_rows : (index + 1) * num_rows]
+            yield self._gather(rows_B3, last, alone=windows_W3 is self.single_windows_W3)
+
+    def _gather(self, rows_B3: Tensor, last: int, alone: bool) -> WindowBatch:
+        start_B, end_B, first_B = rows_B3.unbind(1)
+        index_BS1 = start_B[:, None] + torch.arange(self.seq_len + 1, device=self.device)
+        is_text_BS1 = (index_BS1 <= end_B[:, None]) & (end_B > start_B)[:, None]
+        tokens_BS1 = self.tokens_N[index_BS1.clamp(max=len(self.tokens_N) - 1)]
+        return WindowBatch(
+            tokens_BS1=torch.where(is_text_BS1, tokens_BS1, 0),
+            start_B=start_B,
+            first_scored_B=first_B - start_B,
+            stop_scored_B=end_B - start_B,
+            last=last,
+            alone=alone,
         )
-        # Filled as the numpy array on the same memory: cheaper slices, and no thread pool to wake.
-        out_BS1 = tokens_BS1.numpy()
-        out_BS1.fill(0)
-        scored_2B = torch.full(
-            (2, num_rows), self.seq_len, dtype=torch.int64, pin_memory=self.pin_memory
-        )
-        if len(rows_B3):
-            lowest = int(rows_B3[:, 0].min())
-            block = self.tokens.read(lowest, int(rows_B3[:, 1].max()) + 1)
-            for row, (start, end, _) in enumerate(rows_B3.tolist()):
-                out_BS1[row, : end - start + 1] = block[start - lowest : end - lowest + 1]
-            scored_2B[0, : len(rows_B3)] = torch.from_numpy(rows_B3[:, 2] - rows_B3[:, 0])
-            scored_2B[1, : len(rows_B3)] = torch.from_numpy(rows_B3[:, 1] - rows_B3[:, 0])
-        return WindowBatch(tokens_BS1, scored_2B[0], scored_2B[1], last)

@@ -1,4 +1,4 @@
-"""From a batch of windows to nats per target, and the plain evaluation loop.
+"""From a batch of windows to nats per target, and the evaluation loop.
 
 Shapes: B windows, S window length, L trailing positions whose head is computed.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pgl.evaluate.bits_per_byte import BitsPerByte
+from pgl.evaluate.bits_per_byte import BitsPerByte, RunningBPB
 from pgl.evaluate.loader import WindowBatch
 
 
@@ -55,6 +55,22 @@ def score_batch(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
     )
 
 
+Scorer = Callable[[TokenLosses, WindowBatch], BatchScores]
+
+
+def compiled_scorer() -> Scorer:
+    """:func:`score_batch` through torch.compile, but for windows that come alone.
+
+    Those are few, and compiling their shape would take longer than scoring them.
+    """
+    compiled = torch.compile(score_batch, fullgraph=True, dynamic=False)
+
+    def score(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
+        return score_batch(gpt, batch) if batch.alone else compiled(gpt, batch)
+
+    return score
+
+
 def evaluate_windows(
     gpt: nn.Module,
     loader: Iterable[WindowBatch],
@@ -62,8 +78,9 @@ def evaluate_windows(
     *,
     device: torch.device | str = "cpu",
     autocast_dtype: torch.dtype | None = None,
-    on_batch: Callable[[int], None] | None = None,
-    score: Callable[[TokenLosses, WindowBatch], BatchScores] = score_batch,
+    on_batch: Callable[[float], None] | None = None,
+    on_scores: Callable[[WindowBatch, BatchScores], None] | None = None,
+    score: Scorer = score_batch,
 ) -> dict[str, Tensor]:
     """Score every window of ``loader``, without a Trainer.
 
@@ -78,28 +95,36 @@ def evaluate_windows(
         metric: Adds the ranks up if ``torch.distributed`` is initialised.
         device: Where the model lies.
         autocast_dtype: Run the model under autocast with this dtype; None: as the caller runs it.
-        on_batch: Called with the index of each batch once it is queued (progress, time limits).
-        score: Scores a batch, such as a compiled :func:`score_batch`.
+        on_batch: Called after each batch with this rank's bits per byte up to the batch before
+            (progress, time limits); it keeps the host one batch ahead of the device.
+        on_scores: Called with each batch and its scores, still on the device.
+        score: Scores a batch, such as that of :func:`compiled_scorer`.
 
     Returns:
         ``metric.compute()``: bpb, loss, tokens, bytes.
     """
     device = torch.device(device)
     metric.to(device).reset()
+    running = RunningBPB(metric)
     with evaluation_mode(gpt), torch.no_grad():
-        for index, batch in enumerate(loader):
+        for batch in loader:
+            batch = move(batch, device)
             with autocast(device, autocast_dtype):
-                scores = score(gpt, move(batch, device))
+                scores = score(gpt, batch)
             metric.update(*scores)
+            if on_scores is not None:
+                on_scores(batch, scores)
             if on_batch is not None:
-                on_batch(index)
+                on_batch(running.read())
     return metric.compute()
 
 
 def move(batch: WindowBatch, device: torch.device) -> WindowBatch:
-    """The batch on ``device``; the copy does not block where the memory is pinned."""
-    tensors = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
-    return WindowBatch(*tensors, last=batch.last)
+    """The batch on ``device``, where a :class:`pgl.evaluate.WindowLoader` can make it at once."""
+    moved = {
+        name: value.to(device) for name, value in batch._asdict().items() if torch.is_tensor(value)
+    }
+    return batch._replace(**moved)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -1,21 +1,38 @@
 """Test-time training: learn from validation text, legally only from what has been scored.
 
-Shapes: W windows.
+Shapes: W windows, N tokens.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgl.evaluate.adapt import ChunkTrainer, Trainable, TTTConfig, training_run, world
+from pgl.evaluate.adapt import (
+    ChunkTrainer,
+    FullTTTConfig,
+    SequenceLoss,
+    Trainable,
+    TTTConfig,
+    sequence_loss,
+    training_run,
+    world,
+)
 from pgl.evaluate.bits_per_byte import BitsPerByte
-from pgl.evaluate.loader import Tokens, WindowLoader, open_tokens
-from pgl.evaluate.score import autocast, move, score_batch
+from pgl.evaluate.loader import (
+    Tokens,
+    WindowBatch,
+    WindowLoader,
+    count_targets,
+    default_batch_windows,
+    tokens_on,
+)
+from pgl.evaluate.score import BatchScores, Scorer, autocast, move, score_batch
 from pgl.evaluate.windows import Tail, sliding_windows
 
 
@@ -31,11 +48,28 @@ class ChunkRecord:
     nats: Tensor
     tokens: Tensor
     bytes: Tensor
+    first_scored: int
+    """First target that was scored."""
+
+    trained_before: int
+    """Targets, from the start of the text, that the weights had been trained on by then."""
+
+    trained_after: int
+    """And once the chunk was done with."""
+
+    versions: tuple[int, int]
+    """Version counters of the weights, added up, before and after the chunk was scored."""
+
     step_losses: list[Tensor] = field(default_factory=list)
     """Mean nats per target of each SGD step."""
 
     grad_norms: list[Tensor] = field(default_factory=list)
     """Gradient norm of each SGD step, before clipping."""
+
+    @property
+    def scored_first(self) -> bool:
+        """Whether no target was trained on before it was scored, nor the weights meanwhile."""
+        return self.first_scored >= self.trained_before and self.versions[0] == self.versions[1]
 
 
 def score_first_ttt(
@@ -48,19 +82,21 @@ def score_first_ttt(
     stride: int,
     tail: Tail = "exact",
     num_targets: int | None = None,
-    batch_windows: int = 32,
+    batch_windows: int | None = 32,
     device: torch.device | str = "cpu",
     autocast_dtype: torch.dtype | None = None,
     trainable: Trainable | None = None,
     on_chunk: Callable[[ChunkRecord], None] | None = None,
+    on_scores: Callable[[WindowBatch, BatchScores], None] | None = None,
+    score: Scorer = score_batch,
+    loss: SequenceLoss = sequence_loss,
 ) -> dict[str, Tensor]:
     """Score chunk after chunk, training on each only once all of it has been scored (PR #549).
 
     A window belongs to the chunk of its first scored target. The last chunk is not trained on.
-    With ``torch.distributed`` initialised, windows and sequences are shared out over the processes;
-    every process takes part in each reduction, even with nothing to train on, and all hold the same
-    weights if they started with the same. The weights are left trained: see
-    :func:`restored_weights`. May be called under ``inference_mode``.
+    Windows and sequences are shared out over the processes of ``torch.distributed``; all take part
+    in each reduction, and hold the same weights if they started with the same. The weights are left
+    trained: see :func:`restored_weights`. May be called under ``inference_mode``.
 
     Measured (PR #549, three seeds): -0.0025 bits per byte on a model quantised by percentile
     search, nothing on one quantised by GPTQ. SGD on bfloat16 embeddings loses most of these small
@@ -68,18 +104,21 @@ def score_first_ttt(
 
     Args:
         gpt: Model with ``token_losses``, on ``device``.
-        tokens: Validation tokens, one array or several shards in order.
+        tokens: Validation tokens: see :func:`pgl.evaluate.tokens_on`.
         metric: Reset, then given every score.
         config: How to train.
         seq_len: Tokens the model reads at once, in scoring and training.
         stride: Targets that a window adds.
         tail: See :func:`pgl.evaluate.windows.sliding_windows`.
         num_targets: Use only this many targets from the start; None uses all.
-        batch_windows: Windows scored at once by a process.
+        batch_windows: Windows scored at once by a process; no more than it has in a chunk.
         device: Where the model lies.
         autocast_dtype: Run the model under autocast with this dtype; None: as it is.
         trainable: Says by its name whether a parameter is trained; None: ``freeze_blocks`` decides.
         on_chunk: Called with the record of each chunk.
+        on_scores: Called with each batch and its scores.
+        score: Scores a batch, such as that of :func:`pgl.evaluate.compiled_scorer`.
+        loss: What training differentiates, such as a compiled :func:`sequence_loss`.
 
     Returns:
         ``metric.compute()``: bpb, loss, tokens, bytes.
@@ -87,76 +126,72 @@ def score_first_ttt(
     Raises:
         ValueError: ``chunk_tokens`` is below ``seq_len``, or the model cannot be trained.
     """
-    shards, num_targets = open_tokens(tokens, num_targets)
-    if config.chunk_tokens < seq_len:
-        raise ValueError(
-            f"chunk_tokens is {config.chunk_tokens} but a training sequence has {seq_len} tokens; "
-            "raise chunk_tokens or shorten the sequence"
-        )
-    windows_W3 = sliding_windows(num_targets, seq_len, stride, tail)
-    num_chunks = -(-num_targets // config.chunk_tokens)
-    # Chunk numbers never decrease along the windows, so a chunk's windows are a slice.
-    chunk_W = assign_chunks(windows_W3, config.chunk_tokens)
-    bounds = np.searchsorted(chunk_W, np.arange(num_chunks + 1))
-    rank, world_size = world()
     device = torch.device(device)
+    tokens_N = tokens_on(device, tokens)
+    num_targets = count_targets(tokens_N, num_targets)
+    windows_W3 = sliding_windows(num_targets, seq_len, stride, tail)
+    chunks = _chunks(tokens_N, windows_W3, num_targets, config, seq_len, stride, batch_windows)
     metric.to(device).reset()
-    trained_stop = 0
+    scorer = _ChunkScorer(gpt, metric, device, autocast_dtype, score, on_scores)
     with training_run(gpt, config, trainable) as optimizer:
-        trainer = ChunkTrainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
-        for chunk in range(num_chunks):
-            chunk_windows_W3 = windows_W3[bounds[chunk] : bounds[chunk + 1]]
-            # The rule of the challenge, and the reason for everything else here.
-            assert (chunk_windows_W3[:, 2] >= trained_stop).all()
-            loader = WindowLoader(
-                shards,
-                seq_len=seq_len,
-                stride=stride,
-                batch_windows=batch_windows,
-                windows_W3=chunk_windows_W3,
-                rank=rank,
-                world_size=world_size,
-                pin_memory=device.type == "cuda",
-            )
-            lr = chunk_lr(config, chunk, num_chunks)
-            record = _score_chunk(gpt, loader, metric, device, autocast_dtype, chunk, lr)
-            if chunk < num_chunks - 1:
-                start = chunk * config.chunk_tokens
-                trained_stop = start + config.chunk_tokens
-                for loss, norm in trainer.train(start, trained_stop, lr):
-                    record.step_losses.append(loss)
-                    record.grad_norms.append(norm)
+        trainer = ChunkTrainer(gpt, optimizer, tokens_N, config, seq_len, autocast_dtype, loss)
+        for record in _score_then_train(chunks, scorer, trainer, config):
             if on_chunk is not None:
                 on_chunk(record)
     return metric.compute()
 
 
+def _score_then_train(
+    chunks: list[tuple[np.ndarray, WindowLoader]],
+    scorer: "_ChunkScorer",
+    trainer: ChunkTrainer,
+    config: TTTConfig,
+) -> Iterator[ChunkRecord]:
+    trained = 0
+    for chunk, (windows_C3, loader) in enumerate(chunks):
+        # The rule of the challenge, and the reason for everything else here.
+        assert (windows_C3[:, 2] >= trained).all()
+        lr = chunk_lr(config, chunk, len(chunks))
+        record = scorer.score(chunk, windows_C3, loader, trained, lr)
+        if chunk < len(chunks) - 1:
+            start = chunk * config.chunk_tokens
+            trained = record.trained_after = start + config.chunk_tokens
+            for loss, norm in trainer.train(start, trained, lr):
+                record.step_losses.append(loss)
+                record.grad_norms.append(norm)
+        yield record
+
+
 def train_on_all(
     gpt: nn.Module,
     tokens: Tokens,
-    config: TTTConfig,
+    config: FullTTTConfig,
     *,
     seq_len: int,
     allow_illegal: bool = False,
     num_targets: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     trainable: Trainable | None = None,
+    loss: SequenceLoss = sequence_loss,
+    on_step: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Train on the whole validation text before any of it is scored: PR #388, against the rules.
 
     Every target has been trained on ``epochs`` times when it is scored, so the score is a leak and
-    compares with no other. It is here to reproduce #388, whose settings are lr 0.008 (constant),
-    25 epochs and 256 sequences a step. Its gain was never measured by itself.
+    compares with no other. It is here to reproduce #388, whose settings are the
+    defaults of :class:`pgl.evaluate.FullTTTConfig`. Its gain was never measured by itself.
 
     Args:
-        gpt: See :func:`score_first_ttt`.
+        gpt: Model with ``token_losses``, on the device where it is to train.
         tokens: See :func:`score_first_ttt`.
-        config: How to train; ``lr`` stays constant and ``chunk_tokens`` is not used.
+        config: How to train; ``lr`` stays constant.
         seq_len: Tokens in a training sequence.
         allow_illegal: Must be True, so that nobody gets such a score without asking for it.
         num_targets: See :func:`score_first_ttt`.
         autocast_dtype: See :func:`score_first_ttt`.
         trainable: See :func:`score_first_ttt`.
+        loss: See :func:`score_first_ttt`.
+        on_step: Called after each SGD step (progress).
 
     Returns:
         Mean loss of each epoch in nats per target, 0-d tensors.
@@ -169,19 +204,29 @@ def train_on_all(
             "training on validation text before it is scored breaks the challenge's rules; set "
             "allow_illegal to reproduce PR #388, or use score-first test-time training"
         )
-    shards, num_targets = open_tokens(tokens, num_targets)
+    if not allow_illegal:
+        raise ValueError(
+            "training on validation text before it is scored breaks the challenge's rules; set "
+            "allow_illegal to reproduce PR #388, or use score-first test-time training"
+        )
+    tokens_N = tokens_on(next(gpt.parameters()).device, tokens)
+    num_targets = count_targets(tokens_N, num_targets)
     if num_targets < seq_len:
         raise ValueError(f"{num_targets} targets do not fill a training sequence of {seq_len}")
     num_seqs = num_targets // seq_len
     seqs_of_step = [
         min(config.batch_seqs, num_seqs - first) for first in range(0, num_seqs, config.batch_seqs)
     ]
+    losses: list[Tensor] = []
     with training_run(gpt, config, trainable) as optimizer:
-        trainer = ChunkTrainer(gpt, optimizer, shards, config, seq_len, autocast_dtype)
-        steps = trainer.train(0, num_targets, config.lr)
-        losses = torch.stack([loss for loss, _ in steps]).view(config.epochs, -1)
-        weights = torch.tensor(seqs_of_step, dtype=losses.dtype, device=losses.device)
-        return list((losses * weights).sum(1) / num_seqs)
+        trainer = ChunkTrainer(gpt, optimizer, tokens_N, config, seq_len, autocast_dtype, loss)
+        for step_loss, _ in trainer.train(0, num_targets, config.lr):
+            losses.append(step_loss)
+            if on_step is not None:
+                on_step()
+        losses_ES = torch.stack(losses).view(config.epochs, -1)
+        weights_S = torch.tensor(seqs_of_step, dtype=losses_ES.dtype, device=losses_ES.device)
+        return list((losses_ES * weights_S).sum(1) / num_seqs)
 
 
 def assign_chunks(windows_W3: np.ndarray, chunk_tokens: int) -> np.ndarray:
@@ -206,21 +251,82 @@ def restored_weights(gpt: nn.Module) -> Iterator[None]:
                 tensor.copy_(saved[name])
 
 
-def _score_chunk(
-    gpt: nn.Module,
-    loader: WindowLoader,
-    metric: BitsPerByte,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-    chunk: int,
-    lr: float,
-) -> ChunkRecord:
-    nats, tokens, num_bytes = metric.nats, metric.num_tokens, metric.num_bytes
-    with torch.no_grad():
-        for batch in loader:
-            with autocast(device, autocast_dtype):
-                scores = score_batch(gpt, move(batch, device))
-            metric.update(*scores)
-    return ChunkRecord(
-        chunk, lr, metric.nats - nats, metric.num_tokens - tokens, metric.num_bytes - num_bytes
-    )
+def _chunks(
+    tokens_N: Tensor,
+    windows_W3: np.ndarray,
+    num_targets: int,
+    config: TTTConfig,
+    seq_len: int,
+    stride: int,
+    batch_windows: int | None,
+) -> list[tuple[np.ndarray, WindowLoader]]:
+    """The windows of each chunk, and this process's share of them in batches of one shape."""
+    if config.chunk_tokens < seq_len:
+        raise ValueError(
+            f"chunk_tokens is {config.chunk_tokens} but a training sequence has {seq_len} tokens; "
+            "raise chunk_tokens or shorten the sequence"
+        )
+    rank, world_size = world()
+    # Chunk numbers never decrease along the windows, so a chunk's windows are a slice.
+    chunk_W = assign_chunks(windows_W3, config.chunk_tokens)
+    num_chunks = -(-num_targets // config.chunk_tokens)
+    bounds = np.searchsorted(chunk_W, np.arange(num_chunks + 1))
+    if batch_windows is None:
+        batch_windows = default_batch_windows(tokens_N.device, seq_len)
+    in_chunk = int(np.diff(bounds).max())
+    return [
+        (
+            windows_W3[first:stop],
+            WindowLoader(
+                tokens_N,
+                seq_len=seq_len,
+                stride=stride,
+                batch_windows=min(batch_windows, -(-in_chunk // world_size)),
+                windows_W3=windows_W3[first:stop],
+                rank=rank,
+                world_size=world_size,
+                device=tokens_N.device,
+            ),
+        )
+        for first, stop in pairwise(bounds)
+    ]
+
+
+@dataclass
+class _ChunkScorer:
+    """Scores chunks with the weights as they are."""
+
+    gpt: nn.Module
+    metric: BitsPerByte
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    score_batch: Scorer
+    on_scores: Callable[[WindowBatch, BatchScores], None] | None
+
+    def score(
+        self, chunk: int, windows_C3: np.ndarray, loader: WindowLoader, trained: int, lr: float
+    ) -> ChunkRecord:
+        metric, before = self.metric, self._version()
+        nats, tokens, num_bytes = metric.nats, metric.num_tokens, metric.num_bytes
+        with torch.no_grad():
+            for batch in loader:
+                batch = move(batch, self.device)
+                with autocast(self.device, self.autocast_dtype):
+                    scores = self.score_batch(self.gpt, batch)
+                metric.update(*scores)
+                if self.on_scores is not None:
+                    self.on_scores(batch, scores)
+        return ChunkRecord(
+            chunk=chunk,
+            lr=lr,
+            nats=metric.nats - nats,
+            tokens=metric.num_tokens - tokens,
+            bytes=metric.num_bytes - num_bytes,
+            first_scored=int(windows_C3[:, 2].min(initial=np.iinfo(np.int64).max)),
+            trained_before=trained,
+            trained_after=trained,
+            versions=(before, self._version()),
+        )
+
+    def _version(self) -> int:
+        return sum(parameter._version for parameter in self.gpt.parameters())

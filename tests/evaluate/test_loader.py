@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgl.evaluate import TokenShards, WindowLoader, sliding_windows
+from pgl.evaluate import WindowLoader, default_batch_windows, sliding_windows, tokens_on
 
 COUNTING = np.arange(301, dtype=np.uint16)
 
@@ -19,24 +19,19 @@ def scored_targets(batches) -> list[tuple[int, int, int]]:
         for row, tokens in enumerate(batch.tokens_BS1.tolist()):
             first, stop = int(batch.first_scored_B[row]), int(batch.stop_scored_B[row])
             assert first >= length - batch.last or first == stop
+            assert first == stop or tokens[0] == COUNTING[int(batch.start_B[row])]
             found += [(tokens[0], tokens[p + 1], p) for p in range(first, stop)]
     return found
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    cuts=st.lists(st.integers(0, 300), max_size=4),
-    ends=st.tuples(st.integers(0, 301), st.integers(0, 301)),
-)
-def test_shards_read_as_one(cuts, ends):
-    shards = TokenShards(np.split(COUNTING, sorted(cuts)))
-    start, stop = sorted(ends)
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 300), max_size=4))
+def test_shards_are_laid_end_to_end(cuts):
+    tokens_N = tokens_on("cpu", np.split(COUNTING, sorted(cuts)))
 
-    read = shards.read(start, stop)
-
-    assert len(shards) == 301
-    assert read.dtype == np.int32
-    np.testing.assert_array_equal(read, COUNTING[start:stop])
+    assert tokens_N.dtype == torch.int32
+    np.testing.assert_array_equal(tokens_N.numpy(), COUNTING)
+    assert tokens_on("cpu", tokens_N) is tokens_N
 
 
 @settings(max_examples=80, deadline=None)
@@ -101,7 +96,16 @@ def test_first_window_comes_alone_and_the_rest_in_full_batches():
     assert len(loader) == 4
     assert loader.num_single_batches == 1
     padding = list(loader)[-1]
-    assert padding.first_scored_B.tolist() == [90] * 4 + [100] * 4
+    assert padding.first_scored_B.tolist() == [90] * 4 + [0] * 4
+    assert padding.stop_scored_B.tolist() == [100] * 4 + [0] * 4
+    assert not padding.tokens_BS1[4:].any()
+    assert [batch.alone for batch in loader] == [True] + [False] * 3
+
+
+def test_the_batch_size_follows_the_device():
+    assert WindowLoader(COUNTING, seq_len=16, stride=4, batch_windows=None).batch_windows == 32
+    assert default_batch_windows(torch.device("cuda"), 2048) == 128
+    assert default_batch_windows(torch.device("cuda"), 1_000_000) == 1
 
 
 def test_given_windows_are_used():
@@ -133,7 +137,14 @@ def test_empty_batches_are_refused():
 
 
 @pytest.mark.gpu
-def test_batches_are_pinned_if_asked():
-    for pin_memory in (False, True):
-        batch = next(iter(WindowLoader(COUNTING, seq_len=16, stride=4, pin_memory=pin_memory)))
-        assert [tensor.is_pinned() for tensor in batch[:3]] == [pin_memory] * 3
+def test_batches_are_made_on_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    made = [
+        list(WindowLoader(COUNTING, seq_len=16, stride=4, batch_windows=7, device=device))
+        for device in ("cpu", "cuda")
+    ]
+    for expected, batch in zip(*made, strict=True):
+        assert batch.tokens_BS1.is_cuda
+        assert torch.equal(batch.tokens_BS1.cpu(), expected.tokens_BS1)
+        assert torch.equal(batch.stop_scored_B.cpu(), expected.stop_scored_B)
