@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-gpu lint format clean
+.PHONY: help quickstart ablate test test-slow test-gpu lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F: '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -18,6 +18,10 @@ $(READY): setup.cfg constraints.txt
 
 quickstart: $(READY)  ## train, average, quantise, pack and score a small model on this CPU (under 6 minutes)
 	$(BIN)/pgl fit --config configs/quickstart.yaml
+
+ablate: $(READY)  ## CONFIG="recipe.yaml overlay.yaml" TRICKS="xsa smear_gate" [SEEDS="1 2"] [GPUS=4] [FIT="options"]
+	$(BIN)/pgl ablate $(foreach file,$(CONFIG),--config $(file)) $(if $(TRICKS),--off $(TRICKS)) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(GPUS),--gpus $(GPUS)) $(if $(OUT),--out $(OUT)) -- $(FIT)
 
 test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest
