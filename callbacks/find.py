@@ -14,7 +14,12 @@ def find_callback(trainer: pl.Trainer, kind: type[C]) -> C:
     Raises:
         ValueError: If there is none.
     """
-    for callback in trainer.callbacks:
-        if isinstance(callback, kind):
-            return callback
-    raise ValueError(f"the Trainer needs the callback {kind.__name__}: add it to its callbacks")
+    callback = optional_callback(trainer, kind)
+    if callback is None:
+        raise ValueError(f"the Trainer needs the callback {kind.__name__}: add it to its callbacks")
+    return callback
+
+
+def optional_callback(trainer: pl.Trainer, kind: type[C]) -> C | None:
+    """Return the Trainer's callback of a class, or None if there is none."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

@@ -1,5 +1,6 @@
 """A progress bar that shows the budget instead of an endless epoch, and each phase after it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,9 @@ class BudgetProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Called after each batch of windows."""
-        self._show("validate", completed=batch_idx + 1)
+        bpb = pl_module.bpb_so_far
+        text = "" if math.isnan(bpb) else f"{bpb:.4f} bits/byte"
+        self._show("validate", completed=batch_idx + 1, text=text)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

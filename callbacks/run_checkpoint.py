@@ -65,6 +65,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_steps = every_steps
         self.every_seconds = every_seconds
         self._saved_at_seconds = 0.0
+        self._newest: tuple[str, int] | None = None
+        self._began = False
 
     @property
     @override
@@ -98,6 +100,9 @@ class RunCheckpoint(ModelCheckpoint):
         """
         super().on_train_start(trainer, pl_module)
         self._saved_at_seconds = find_callback(trainer, WallClockBudget).elapsed
+        self._began = True
+        if trainer.ckpt_path is not None:
+            self._newest = os.fspath(trainer.ckpt_path), trainer.global_step
         defer_signals(trainer, not trainer.should_stop)
 
     @override
@@ -117,18 +122,38 @@ class RunCheckpoint(ModelCheckpoint):
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self._saved_at_seconds = budget.elapsed
+            self._newest = os.fspath(self._path()), trainer.global_step
         if budget.stop_signal:
             raise stop_error(budget.stop_signal)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the last step is done: keep it before anything else happens."""
-        path = Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(self._path(), weights_only=False)
+        self._newest = os.fspath(self._path()), trainer.global_step
         defer_signals(trainer, False)
         signum = find_callback(trainer, WallClockBudget).agree_on_stop(trainer)
         if signum:
             raise stop_error(signum)
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Called when a run fails: add to the error from where it can go on."""
+        super().on_exception(trainer, pl_module, exception)
+        if self._began and isinstance(exception, Exception):
+            exception.add_note(self.where_to_resume())
+
+    def where_to_resume(self) -> str:
+        """Return a sentence that names the newest whole checkpoint."""
+        if self._newest is None:
+            return "No checkpoint was written yet."
+        path, step = self._newest
+        return f"The last good checkpoint is of step {step:,}: resume with --ckpt_path {path}"
+
+    def _path(self) -> Path:
+        return Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}"
 
     def _due(self, step: int, elapsed_seconds: float) -> bool:
         if self.every_steps is not None:

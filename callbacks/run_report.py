@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from callbacks.find import find_callback
+from callbacks.divergence_guard import DivergenceGuard
+from callbacks.find import find_callback, optional_callback
 from callbacks.gptq_export import GPTQExport
+from callbacks.legality import legality
 from callbacks.progress import BudgetProgress
 from callbacks.run_folder import run_folder
 from callbacks.sliding_window_bpb import SlidingWindowBPB
@@ -18,7 +20,7 @@ from callbacks.techniques import techniques
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
 from pgl.io import atomic_write
-from pgl.report import environment, summary, to_markdown
+from pgl.report import environment, quantisation_loss, summary, to_markdown
 
 
 class RunReport(Callback):
@@ -58,7 +60,10 @@ class RunReport(Callback):
         """Return the report as plain values."""
         budget = find_callback(trainer, WallClockBudget)
         data = trainer.datamodule
+        described = data.describe()
+        machine = environment(trainer.strategy.root_device.type, trainer.world_size)
         tokens = trainer.global_step * data.batch_tokens
+        guard = optional_callback(trainer, DivergenceGuard)
         return {
             "name": folder.name if not folder.name.startswith("version_") else folder.parent.name,
             "training": {
@@ -76,10 +81,16 @@ class RunReport(Callback):
             "scores": find_callback(trainer, SlidingWindowBPB).report(),
             "budget": budget.report(),
             "artifact": find_callback(trainer, GPTQExport).report(),
+            "quantisation": quantisation_loss(
+                find_callback(trainer, SlidingWindowBPB).report(),
+                find_callback(trainer, WeightAveraging).source,
+            ),
             "averaging": find_callback(trainer, WeightAveraging).report(),
+            "divergence": None if guard is None else guard.report(),
             "techniques": techniques(trainer, pl_module),
-            "data": data.describe(),
-            "environment": environment(trainer.strategy.root_device.type, trainer.world_size),
+            "legality": legality(trainer, described, tokens, machine["device"]),
+            "data": described,
+            "environment": machine,
             "model": pl_module.config(),
         }
 

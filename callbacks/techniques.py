@@ -4,12 +4,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from callbacks.find import find_callback
+from callbacks.find import find_callback, optional_callback
 from callbacks.gptq_export import GPTQExport
+from callbacks.quantization_aware_training import QuantizationAwareTraining
 from callbacks.sliding_window_bpb import SlidingWindowBPB
+from callbacks.test_time_training import TestTimeTraining
 from callbacks.training_metrics import TrainingMetrics
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
+from pgl.optim import ScheduleConfig
 from pgl.quant import storage_kind, tensor_group
 
 
@@ -21,11 +24,17 @@ def techniques(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[
     rows = [_row(name, setting, "every step") for name, setting in _architecture(pl_module)]
     rows += _rope_rescaling(trainer, pl_module)
     rows += [_row(name, setting, "at the start") for name, setting in _initial(pl_module)]
-    return [*rows, *_training(trainer, pl_module), *_export(trainer), *_scoring(trainer)]
+    return [
+        *rows,
+        *_training(trainer, pl_module),
+        *_export(trainer),
+        *_scoring(trainer),
+        *_ttt(trainer),
+    ]
 
 
 def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, str]]:
-    optimizer, schedule = pl_module.optimizer_config, pl_module.schedule_config
+    optimizer, schedule = pl_module.optimizer_config, pl_module.schedule
     decays = {
         "Muon weight decay": optimizer.muon_weight_decay,
         "AdamW weight decay": optimizer.adam_weight_decay,
@@ -48,10 +57,16 @@ def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[s
     rows.append(
         _row(
             "learning-rate warmdown",
-            schedule.warmdown_shape,
+            f"{schedule.warmdown_shape}, {_length(schedule, 'warmdown')}",
             _since(budget.warmdown_start_step),
         )
     )
+    rows += _scaled_run(budget.step_scale, pl_module)
+    qat = optional_callback(trainer, QuantizationAwareTraining)
+    if qat is not None and qat.start != "never":
+        report = qat.report()
+        setting = f"{report['start']}: {report['layers']}"
+        rows.append(_row("fake quantisation", setting, _since(report["first_step"])))
     if pl_module.loss_config.mile_gamma > 0:
         acted = "from step 0"
         if budget.mile_end_step is not None:
@@ -60,8 +75,29 @@ def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[s
     for name, state in find_callback(trainer, WeightAveraging).report().items():
         if isinstance(state, dict):
             acted = f"{state['updates']:,} updates, {_since(state['first_update_step'])}"
-            rows.append(_row(f"weight averaging: {name}", "on", acted))
+            rows.append(_row(f"weight averaging: {name}", state["setting"], acted))
     return rows
+
+
+def _scaled_run(step_scale: float, pl_module: pl.LightningModule) -> list[dict[str, str]]:
+    """Return what a shorter run made of the schedule's steps; averages have rows of their own."""
+    if step_scale == 1:
+        return []
+    names = {"warmdown": "warm-down", "momentum_warmup": "momentum warm-up"}
+    recipe, run = pl_module.schedule_config, pl_module.schedule
+    acted = [
+        f"{label} {_length(recipe, name)} -> {_length(run, name)}"
+        for name, label in names.items()
+        if getattr(recipe, f"{name}_steps") is not None
+    ]
+    return [_row("shortened recipe", f"{step_scale:g} x its steps", "; ".join(acted) or "never")]
+
+
+def _length(schedule: ScheduleConfig, name: str) -> str:
+    steps = getattr(schedule, f"{name}_steps")
+    if steps is None:
+        return f"{getattr(schedule, f'{name}_fraction'):g} of the run"
+    return f"{steps:,} steps"
 
 
 def _rope_rescaling(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, str]]:
@@ -108,6 +144,16 @@ def _scoring(trainer: pl.Trainer) -> list[dict[str, str]]:
     setting = f"stride of {validation.stride_tokens} in windows of {window} tokens"
     acted = f"scored {', '.join(scored)} weights" if scored else "never"
     return [_row("sliding-window scoring", setting, acted)]
+
+
+def _ttt(trainer: pl.Trainer) -> list[dict[str, str]]:
+    ttt = optional_callback(trainer, TestTimeTraining)
+    if ttt is None or ttt.method == "off":
+        return []
+    report = ttt.report()
+    acted = f"on {report['trained_targets']:,} validation targets" if report else "never"
+    setting = "before scoring: not legal" if ttt.method == "full" else "score-first"
+    return [_row("test-time training", setting, acted)]
 
 
 def _matrices(count: int) -> str:

@@ -1,16 +1,18 @@
-"""The command line: ``pgl fit | validate | test | predict | export``."""
+"""The command line: ``pgl fit | validate | test | predict | export``, and the tools beside it."""
 
 import argparse
+import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
@@ -20,18 +22,24 @@ import pgl as package
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.data import TokenDataModule
 from pgl.data.sources import DownloadError
+from pgl.errors import RunError
 from pgl.generate import GenerationConfig, print_continuations
 from pgl.module import GolfModule
+from pgl.tools import EPILOG, exit_with, run_tool
 from pgl.trainer import GolfTrainer
 
 # In the order in which they act at the end of training: stop the clock, settle the averages,
 # export them, score everything, report.
 CALLBACKS = {
     "budget": callbacks.WallClockBudget,
+    "ranks": callbacks.RankWatch,
+    "qat": callbacks.QuantizationAwareTraining,
     "averaging": callbacks.WeightAveraging,
     "metrics": callbacks.TrainingMetrics,
+    "divergence": callbacks.DivergenceGuard,
     "artifact": callbacks.GPTQExport,
     "validation": callbacks.SlidingWindowBPB,
+    "ttt": callbacks.TestTimeTraining,
     "report": callbacks.RunReport,
     "checkpoint": callbacks.RunCheckpoint,
     "random_state": callbacks.RandomState,
@@ -39,12 +47,14 @@ CALLBACKS = {
 }
 
 # Errors whose text is made for the user, wherever they come from.
-ALWAYS_THE_USERS = (MisconfigurationException, DownloadError)
+ALWAYS_THE_USERS = (MisconfigurationException, DownloadError, RunError)
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
+    # no_grad throughout, so that validation and the final scoring share their compiled graphs.
+    "inference_mode": False,
     "check_val_every_n_epoch": None,
     "log_every_n_steps": 10,
     "logger": {
@@ -62,7 +72,7 @@ class GolfParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _exit_with(message)
+        exit_with(message)
 
 
 class GolfCLI(LightningCLI):
@@ -102,6 +112,19 @@ class GolfCLI(LightningCLI):
             if isinstance(arguments, list)
             else parser.parse_object(arguments)
         )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Refuse values that no type rules out, and that would strike far from their setting."""
+        config = self.config[self.config["subcommand"]]
+        for key, value in _leaves(config.as_dict()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} is {value}: give a finite number")
+        if config.get("ckpt_path") == "":
+            raise ValueError("ckpt_path is empty: give a file, or leave it out")
+        seed = config.get("seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -138,6 +161,18 @@ class GolfCLI(LightningCLI):
             print_continuations(texts)
 
 
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each single value of nested dictionaries and lists with its dotted key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _leaves(value, key)
+    else:
+        yield key, values
+
+
 def with_saved_hyperparameters(arguments: list[str]) -> list[str]:
     """Put the hyperparameters of ``ckpt_path`` in front, as the weakest configuration file.
 
@@ -167,7 +202,8 @@ def _saved_hyperparameters(path: str) -> dict[str, Any]:
             "give a last.ckpt or an artifact"
         )
     # What belongs to the machine that wrote the file, not to the model, stays behind.
-    gpt = {name: value for name, value in saved["gpt"].items() if name != "attention_backend"}
+    machine = ("attention_backend", "kernels")
+    gpt = {name: value for name, value in saved["gpt"].items() if name not in machine}
     kept = {name: saved[name] for name in saved if name not in ("_instantiator", "compile")}
     return {**kept, "gpt": gpt}
 
@@ -216,41 +252,54 @@ def _read_config(config: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, cli_class: type[GolfCLI] = GolfCLI) -> None:
     """Run the command line; mistakes of the user end with one line and exit status 2."""
+    run_tool(arguments)
+    _explain_fields(sys.argv[1:] if arguments is None else arguments)
     # Lightning's own call, which torch 2.13 deprecates: nothing that a user could change.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     try:
-        GolfCLI(
+        cli_class(
             GolfModule,
             TokenDataModule,
             trainer_class=GolfTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,
             parser_class=GolfParser,
+            parser_kwargs={"epilog": EPILOG},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             args=None if arguments is None else list(arguments),
         )
     except (ValueError, FileNotFoundError, *ALWAYS_THE_USERS) as error:
-        if not _is_users_mistake(error):
+        mistake = _users_mistake(error)
+        if mistake is None:
             raise
-        _exit_with(str(error))
+        notes = [*getattr(mistake, "__notes__", []), *getattr(error, "__notes__", [])]
+        exit_with(" ".join([str(mistake), *dict.fromkeys(notes)]))
 
 
-def _is_users_mistake(error: Exception) -> bool:
-    if isinstance(error, ALWAYS_THE_USERS):
-        return True
+def _explain_fields(arguments: Sequence[str]) -> None:
+    """Have --help show the docstrings of configuration fields.
+
+    Reading them takes the parsers of all subcommands four seconds, so nothing else does.
+    """
+    wanted = any(argument.split("=")[0].endswith(("-h", "help")) for argument in arguments)
+    set_parsing_settings(docstring_parse_attribute_docstrings=wanted)
+
+
+def _users_mistake(error: BaseException | None) -> BaseException | None:
+    """Return the error that is a sentence for the user; None where there is a bug instead."""
+    if error is None or isinstance(error, ALWAYS_THE_USERS):
+        return error
     # Our own checks raise ValueError with a sentence for the user; one that torch raises is a bug.
+    # jsonargparse wraps what a check of ours said about a setting that may be null.
     frames = traceback.extract_tb(error.__traceback__)
     ours = {Path(package.__file__).parent, Path(callbacks.__file__).parent}
-    return any(folder in Path(frames[-1].filename).parents for folder in ours)
-
-
-def _exit_with(message: str) -> NoReturn:
-    sys.stderr.write(f"pgl: error: {' '.join(message.split())}\n")
-    sys.exit(2)
+    if any(folder in Path(frames[-1].filename).parents for folder in ours):
+        return error
+    return _users_mistake(error.__cause__) if isinstance(error, ValueError) else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Shape suffixes: S sequences, T sequence length (T1 = T + 1 tokens: inputs and targets overlap).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from pgl.evaluate import BatchScores, BitsPerByte, ByteTable, WindowBatch, score_batch
+from pgl.distributed import ParallelMuonStrategy
+from pgl.evaluate import (
+    BatchScores,
+    BitsPerByte,
+    ByteTable,
+    RunningBPB,
+    WindowBatch,
+    compiled_scorer,
+    score_batch,
+)
 from pgl.generate import GenerationConfig, generate
 from pgl.model import GPT, GPTConfig
 from pgl.objective import LossConfig, training_loss
@@ -62,6 +72,8 @@ class GolfModule(pl.LightningModule):
         self.gpt_config = gpt
         self.optimizer_config = optimizer
         self.schedule_config = schedule
+        self.schedule = schedule
+        """What this run follows: the configured schedule, shortened where the budget says so."""
         self.loss_config = loss
         self.compile_model = compile
         self.gpt = GPT(gpt)
@@ -73,6 +85,8 @@ class GolfModule(pl.LightningModule):
         """Whether MiLe's gamma has fallen to 0 with the learning rate."""
         self.last_score: dict[str, Tensor] = {}
         """What the last validation scored: bpb, loss, tokens, bytes."""
+        self.bpb_so_far = math.nan
+        """This rank's bits per byte in the validation that is running, one batch late."""
         self.register_buffer("mile_gamma", torch.zeros(()), persistent=False)
         self._training_loss: Callable[..., Tensor] = training_loss
         self.score_batch: Callable[..., BatchScores] = score_batch
@@ -91,16 +105,17 @@ class GolfModule(pl.LightningModule):
         table: ByteTable | None = getattr(data, "byte_table", None)
         if table is not None and stage != "predict":
             self.bits_per_byte = BitsPerByte(table)
+            self._running_bpb = RunningBPB(self.bits_per_byte)
         # Every rank fills its buffers with the same values; DDP would broadcast them before each
         # forward pass, and gloo cannot broadcast the byte table's int16.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [name for name, _ in self.named_buffers()]
         )
         # Before compilation: a backend that cannot run here is refused with a reason.
-        self.gpt.prepare_attention(self.trainer.strategy.root_device)
+        self.gpt.prepare(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
             self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
-            self.score_batch = torch.compile(score_batch, fullgraph=True, dynamic=False)
+            self.score_batch = compiled_scorer()
 
     @override
     def training_step(self, tokens_ST1: Tensor, batch_idx: int) -> Tensor:
@@ -114,10 +129,13 @@ class GolfModule(pl.LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """Score one batch of windows."""
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> BatchScores:
+        """Score one batch of windows; callbacks get the scores."""
         assert self.bits_per_byte is not None, "validation needs a TokenDataModule's byte table"
-        self.bits_per_byte.update(*self.score_batch(self.gpt, batch))
+        scores = self.score_batch(self.gpt, batch)
+        self.bits_per_byte.update(*scores)
+        self.bpb_so_far = self._running_bpb.read()
+        return scores
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -125,9 +143,9 @@ class GolfModule(pl.LightningModule):
         self._log_score("val")
 
     @override
-    def test_step(self, batch: WindowBatch, batch_idx: int) -> None:
+    def test_step(self, batch: WindowBatch, batch_idx: int) -> BatchScores:
         """Score one batch of windows."""
-        self.validation_step(batch, batch_idx)
+        return self.validation_step(batch, batch_idx)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -144,7 +162,12 @@ class GolfModule(pl.LightningModule):
     @override
     def configure_optimizers(self) -> MuonAdamW:
         """Build the one optimizer, with named Muon and AdamW groups."""
-        return build_optimizer(self.gpt, self.optimizer_config)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return build_optimizer(
+            self.gpt,
+            self.optimizer_config,
+            reduce_gradients=isinstance(strategy, ParallelMuonStrategy),
+        )
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -195,8 +218,8 @@ class GolfModule(pl.LightningModule):
         Args:
             progress: Where the run stands at the start of an optimizer step.
         """
-        self.lr_scale = lr_scale(progress, self.schedule_config)
-        momentum = muon_momentum(progress, self.schedule_config)
+        self.lr_scale = lr_scale(progress, self.schedule)
+        momentum = muon_momentum(progress, self.schedule)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, MuonAdamW)
         for group in optimizer.param_groups:
@@ -222,6 +245,7 @@ class GolfModule(pl.LightningModule):
         assert self.bits_per_byte is not None
         score = self.last_score = self.bits_per_byte.compute()
         self.bits_per_byte.reset()
+        self._running_bpb = RunningBPB(self.bits_per_byte)
         # The metric has already summed over the ranks: they all log the same value, and its mean.
         self.log(f"{split}/bpb", score["bpb"], prog_bar=True, sync_dist=True)
         self.log(f"{split}/loss", score["loss"], sync_dist=True)

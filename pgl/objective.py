@@ -31,6 +31,9 @@ def training_loss(
 ) -> Tensor:
     """Return the mean loss of one micro-batch, a 0-d float32 tensor.
 
+    Where it is not finite, neither is its gradient, so that the global gradient norm tells all
+    ranks of a bad loss on any of them: an infinite loss may well have a finite gradient.
+
     Args:
         gpt: The model; called with token ids it returns logits.
         ids_BT: Input tokens.
@@ -40,5 +43,8 @@ def training_loss(
     """
     logits_BTV = gpt(ids_BT)
     if config.mile_gamma == 0:
-        return cross_entropy(logits_BTV, targets_BT)
-    return mile_loss(logits_BTV, targets_BT, mile_gamma, clamp_min=config.mile_clamp_min)
+        loss = cross_entropy(logits_BTV, targets_BT)
+    else:
+        loss = mile_loss(logits_BTV, targets_BT, mile_gamma, clamp_min=config.mile_clamp_min)
+    # Divided by 1, which changes no bit, or by 0.
+    return loss / loss.detach().isfinite()

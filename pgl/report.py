@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import pgl
+from pgl.legality import legality_line, legality_lines
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "sentencepiece", "zstandard", "numpy")
 
@@ -55,13 +56,15 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{score['tokens']:,} | {score['bytes']:,} |"
         for score in report["scores"]
     ]
-    lines += ["", *_compared_with_xz(report), "## Phases", ""]
+    lines += ["", *_compared_with_xz(report)]
+    lines += legality_lines(report["legality"]) if "legality" in report else []
+    lines += ["## Phases", ""]
     lines += ["| phase | seconds | counts as training |", "|---|---|---|"]
     lines += [
         f"| {name} | {phase['seconds']:.2f} | {'yes' if phase['counts'] else 'no'} |"
         for name, phase in report["budget"]["phases"].items()
     ]
-    lines += ["", *_within_budget(report), *_size(report["artifact"]), "## Techniques", ""]
+    lines += ["", *_within_budget(report), *_size(report), "## Techniques", ""]
     lines += ["| technique | setting | acted |", "|---|---|---|"]
     lines += [
         f"| {row['technique']} | {row['setting']} | {row['acted']} |"
@@ -86,6 +89,9 @@ def summary(report: dict[str, Any]) -> str:
         limit = artifact["limit_bytes"]
         of_limit = f" of {limit:,}" if limit else ""
         lines.append(f"  artifact   {artifact['total_bytes']:,}{of_limit} bytes")
+    lines += [f"  {line}" for line in _lost(report)]
+    if "legality" in report:
+        lines.append(f"  score      {legality_line(report['legality'])}")
     return "\n".join(lines)
 
 
@@ -113,19 +119,64 @@ def _within_budget(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _size(artifact: dict[str, Any]) -> list[str]:
+def quantisation_loss(scores: list[dict[str, Any]], source: str) -> dict[str, float] | None:
+    """Return the bits per byte before and after quantisation, on the same windows.
+
+    Args:
+        scores: Scores of a report, in order.
+        source: Name of the weights that were exported.
+    """
+    for before in scores:
+        for after in scores:
+            same_windows = before["windows"] == after["windows"]
+            if (before["weights"], after["weights"]) == (source, "quantised") and same_windows:
+                return {
+                    "bpb_before": before["bpb"],
+                    "bpb_after": after["bpb"],
+                    "bpb_lost": after["bpb"] - before["bpb"],
+                }
+    return None
+
+
+def _size(report: dict[str, Any]) -> list[str]:
+    artifact = report["artifact"]
     if not artifact:
         return []
-    lines = ["## Artifact", "", "| part | weights | bytes | bits per weight |", "|---|---|---|---|"]
+    head = "| part | weights | bytes | bits per weight | stored as | error | error of outputs |"
+    lines = ["## Artifact", "", head, "|---|---|---|---|---|---|---|"]
     for group in artifact["groups"]:
         bits = f"{group['bits_per_weight']:.3f}" if group["parameters"] else ""
+        errors = (group.get("relative_error"), group.get("output_error"))
+        relative, outputs = ("" if error is None else f"{error:.2%}" for error in errors)
+        stored = f"{'+'.join(group.get('kinds', []))} {'+'.join(group.get('codecs', []))}"
         lines.append(
-            f"| {group['name']} | {group['parameters']:,} | {group['packed_bytes']:,} | {bits} |"
+            f"| {group['name']} | {group['parameters']:,} | {group['packed_bytes']:,} | {bits} | "
+            f"{stored} | {relative} | {outputs} |"
         )
-    lines.append(f"| source code | | {artifact['code_bytes']:,} | |")
-    lines.append(f"| container | | {artifact['container_bytes']:,} | |")
-    lines.append(f"| **total** | | **{artifact['total_bytes']:,}** | |")
-    return [*lines, ""]
+    lines.append(f"| source code | | {artifact['code_bytes']:,} | | | | |")
+    lines.append(f"| container | | {artifact['container_bytes']:,} | | | | |")
+    lines.append(f"| **total** | | **{artifact['total_bytes']:,}** | | | | |")
+    return [*lines, "", *_how_it_fits(artifact), *_lost(report), ""]
+
+
+def _how_it_fits(artifact: dict[str, Any]) -> list[str]:
+    factor = artifact.get("step_factor", 1.0)
+    if factor == 1:
+        return []
+    planned = artifact["attempts"][0]["total_bytes"]
+    over = artifact["limit_bytes"] is not None and planned > artifact["limit_bytes"]
+    why = "did not fit" if over else "left bytes unused"
+    return [f"The plan of {planned:,} bytes {why}: all steps were multiplied by {factor:.4f}."]
+
+
+def _lost(report: dict[str, Any]) -> list[str]:
+    lost = report.get("quantisation")
+    if lost is None:
+        return []
+    return [
+        f"Quantisation: {lost['bpb_before']:.6f} bits per byte before, {lost['bpb_after']:.6f} "
+        f"after, {lost['bpb_lost']:+.6f}."
+    ]
 
 
 def _short(value: Any) -> str:

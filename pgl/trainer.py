@@ -1,14 +1,19 @@
 """Lightning's Trainer, with ``export``, and with saving that the budget does not pay for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from typing_extensions import override
 
-from callbacks.find import find_callback
+from callbacks.divergence_guard import DivergenceGuard
+from callbacks.find import find_callback, optional_callback
 from callbacks.gptq_export import GPTQExport
+from callbacks.rank_watch import RankWatch
 from callbacks.wall_clock_budget import WallClockBudget
+from callbacks.weight_averaging import WeightAveraging
 from pgl.artifact import is_artifact
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.signals import take_over_signals
@@ -45,7 +50,19 @@ class GolfTrainer(pl.Trainer):
                 "from: give the run's last.ckpt"
             )
         take_over_signals(self)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        ranks = optional_callback(self, RankWatch)
+        if ranks is not None:
+            ranks.limit_collectives(self.strategy)
+        try:
+            super().fit(
+                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+            )
+        except Exception as error:
+            if ranks is None or ranks.error is None:
+                raise
+            for note in getattr(error, "__notes__", []):
+                ranks.error.add_note(note)
+            raise ranks.error from error
 
     def export(
         self,
@@ -61,12 +78,13 @@ class GolfTrainer(pl.Trainer):
         Args:
             model: The module that the checkpoint belongs to.
             datamodule: Names the tokenizer, and calibrates GPTQ.
-            ckpt_path: The checkpoint. Its averaged weights are exported if it has any.
+            ckpt_path: The checkpoint. ``averaging.source`` says which of the weights that it keeps
+                are exported.
             out: The artifact to write.
 
         Raises:
-            ValueError: If the Trainer has several devices, or ``ckpt_path`` is an artifact or no
-                checkpoint of pgl.
+            ValueError: If the Trainer has several devices, or ``ckpt_path`` is an artifact, no
+                checkpoint of pgl, or without the average that was asked for.
         """
         if self.world_size > 1:
             raise ValueError("pgl export runs on one device: set trainer.devices to 1")
@@ -79,7 +97,7 @@ class GolfTrainer(pl.Trainer):
                 f"--ckpt_path {ckpt_path} is not a checkpoint of a pgl run: give its last.ckpt"
             )
         model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
         budget.load_state_dict(checkpoint["callbacks"][budget.state_key])
         budget.elapsed = budget.phases.seconds("train")
         self.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])  # has the global step
@@ -87,10 +105,28 @@ class GolfTrainer(pl.Trainer):
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
+        weights = self._averaged_weights(model, checkpoint, ckpt_path)
         exporter = find_callback(self, GPTQExport)
-        weights = dict(model.gpt.named_parameters())
         exporter.exported = exporter.export(self, model, weights, Path(out))
-        print(exporter.exported.size.table())
+        print(exporter.summary())
+
+    def _averaged_weights(
+        self, model: pl.LightningModule, checkpoint: dict[str, Any], ckpt_path: str
+    ) -> Mapping[str, Tensor]:
+        """Return the weights of ``averaging.source`` as the checkpoint keeps them."""
+        averaging = find_callback(self, WeightAveraging)
+        saved = checkpoint["callbacks"].get(averaging.state_key, {"averages": {}})["averages"]
+        updated = [name for name, state in saved.items() if state["count"] > 0]
+        if averaging.source != "raw" and averaging.source not in updated:
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} keeps no {averaging.source} average: set "
+                f"--averaging.source to {' or '.join(['raw', *updated])}"
+            )
+        averaging.setup(self, model, "fit")
+        if averaging.source != "raw":
+            source = averaging.averages[averaging.source]
+            source.load_state_dict(saved[averaging.source])
+        return averaging.source_weights(model)
 
     @override
     def save_checkpoint(
@@ -99,8 +135,11 @@ class GolfTrainer(pl.Trainer):
         weights_only: bool | None = None,
         storage_options: Any = None,
     ) -> None:
-        """Save a checkpoint while the training clock stands still."""
+        """Save a checkpoint of finite weights while the training clock stands still."""
         budget = find_callback(self, WallClockBudget)
+        guard = optional_callback(self, DivergenceGuard)
+        if guard is not None:
+            guard.settle(self, self.lightning_module)
         paused = budget.running
         if paused:
             budget.pause("checkpoint", self.lightning_module)

@@ -11,17 +11,25 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before Lightning imports Triton, which decides then that kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import (
     BudgetProgress,
+    DivergenceGuard,
     EMAConfig,
     GPTQExport,
+    QuantizationAwareTraining,
     RandomState,
     RunCheckpoint,
     RunReport,
     SlidingWindowBPB,
+    TestTimeTraining,
     TrainingMetrics,
     WallClockBudget,
     WeightAveraging,
@@ -153,10 +161,13 @@ def golf_run(tmp_path: Path, tiny_gpt: GPTConfig, tiny_data: TokenDataModule) ->
         module = module or GolfModule(tiny_gpt)
         keys = {
             "budget": WallClockBudget(seconds=None, steps=6, warmup_steps=0),
+            "qat": QuantizationAwareTraining(),
             "averaging": WeightAveraging(EMAConfig(decay=0.5)),
             "metrics": TrainingMetrics(),
+            "divergence": DivergenceGuard(),
             "artifact": GPTQExport(),
             "validation": SlidingWindowBPB(stride_tokens=8),
+            "ttt": TestTimeTraining(),
             "report": RunReport(),
             "checkpoint": RunCheckpoint(),
             "random_state": RandomState(),

@@ -109,6 +109,7 @@ def test_overlays_merge_key_by_key(tmp_path, capsys):
         "steps": 9,
         "reserve_seconds": 0.0,
         "warmup_steps": 7,
+        "step_scale": 1.0,
     }
     assert merged["averaging"]["ema"]["decay"] == 0.5
     assert merged["averaging"]["ema"]["start_fraction"] == 0.25

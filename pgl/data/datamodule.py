@@ -17,8 +17,12 @@ from pgl.data.shards import check_tokens, read_shard
 from pgl.data.sources import Corpus, Source
 from pgl.data.stream import BatchLayout, TokenStream, TrainLoader
 from pgl.data.tokenizer import load_tokenizer
-from pgl.evaluate import ByteTable, WindowLoader, audit_bytes
+from pgl.evaluate import ByteTable, WindowLoader, audit_bytes, tokens_on
 from pgl.io import sha256_file
+
+MAX_SEQ_LEN = 1 << 20
+MAX_BATCH_TOKENS = 1 << 28
+MAX_BATCH_WINDOWS = 1 << 16
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -43,7 +47,8 @@ class TokenDataModule(pl.LightningDataModule):
             the hardware. None: as many as one device's share of a span (``batch_tokens /
             spans_per_batch``), the reference's choice.
         spans_per_batch: Contiguous spans in which a step's tokens are read; 8 in all four PRs.
-        val_batch_windows: Windows scored in one forward pass on one device.
+        val_batch_windows: Windows scored in one forward pass on one device. None: 262,144 tokens on
+            CUDA, 32 windows elsewhere.
         max_val_tokens: Score only the first so many validation tokens. None: all of them.
         audit_tokens: How many validation tokens are decoded to check the byte count before a score
             is reported. None: all of them.
@@ -56,13 +61,18 @@ class TokenDataModule(pl.LightningDataModule):
         batch_tokens: int = 524_288,
         micro_batch_tokens: int | None = None,
         spans_per_batch: int = 8,
-        val_batch_windows: int = 32,
+        val_batch_windows: int | None = None,
         max_val_tokens: int | None = None,
         audit_tokens: int | None = 4_000_000,
     ) -> None:
         super().__init__()
-        if val_batch_windows <= 0:
-            raise ValueError(f"data.val_batch_windows must be positive, got {val_batch_windows}")
+        for name, value, most in (
+            ("seq_len", seq_len, MAX_SEQ_LEN),
+            ("batch_tokens", batch_tokens, MAX_BATCH_TOKENS),
+            ("val_batch_windows", val_batch_windows, MAX_BATCH_WINDOWS),
+        ):
+            if value is not None and not 0 < value <= most:
+                raise ValueError(f"data.{name} must be from 1 to {most}, got {value}")
         if max_val_tokens is not None and max_val_tokens < 2:
             raise ValueError(f"data.max_val_tokens must be at least 2, got {max_val_tokens}")
         if audit_tokens is not None and audit_tokens < 2:
@@ -72,6 +82,11 @@ class TokenDataModule(pl.LightningDataModule):
         self.batch_tokens = batch_tokens
         if spans_per_batch <= 0:
             raise ValueError(f"data.spans_per_batch must be positive, got {spans_per_batch}")
+        if spans_per_batch > batch_tokens:
+            raise ValueError(
+                f"data.spans_per_batch={spans_per_batch} must not exceed "
+                f"data.batch_tokens={batch_tokens}"
+            )
         if micro_batch_tokens is None:
             micro_batch_tokens = batch_tokens // spans_per_batch
         self.micro_batch_tokens = micro_batch_tokens
@@ -156,15 +171,20 @@ class TokenDataModule(pl.LightningDataModule):
             tail: What the last windows score; see :func:`pgl.evaluate.sliding_windows`.
         """
         world_size, rank = self._world()
+        device = torch.device("cpu")
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+        if self._val_tokens_N is None or self._val_tokens_N.device != device:
+            self._val_tokens_N = tokens_on(device, self.val_tokens)
         return WindowLoader(
-            self.val_tokens,
+            self._val_tokens_N,
             seq_len=seq_len,
             stride=stride_tokens,
             batch_windows=batch_windows or self.val_batch_windows,
             tail=tail,
             rank=rank,
             world_size=world_size,
-            pin_memory=torch.cuda.is_available(),
+            device=device,
         )
 
     def calibration_layout(self, num_sequences: int) -> BatchLayout:
@@ -251,6 +271,7 @@ class TokenDataModule(pl.LightningDataModule):
             check_tokens(shard, self.vocab_size, path)
         tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
         self.val_tokens: np.ndarray = tokens[: self.max_val_tokens]
+        self._val_tokens_N: torch.Tensor | None = None  # on the device that scores them
         audited = audit_bytes(
             self.byte_table, self.tokenizer, self.val_tokens, max_tokens=self.audit_tokens
         )
