@@ -97,27 +97,12 @@ def _processors(device: torch.device) -> int:
     )
 
 
-@torch.library.custom_op("pgl::activated_product", mutates_args=())
-def activated_product(x_NE: Tensor, w_FE: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """Return ``h = x w^T`` and ``activation(h)``, both (N, F) in the dtype of ``x``."""
-    h_NF = x_NE.new_empty(x_NE.size(0), w_FE.size(0))
-    out_NF = torch.empty_like(h_NF)
-    _launch(x_NE.contiguous(), w_FE.contiguous(), h_NF, out_NF, slope, backward=False)
-    return h_NF, out_NF
-
-
 @torch.library.custom_op("pgl::activated_product_backward", mutates_args=())
 def activated_product_backward(dy_NE: Tensor, w_EF: Tensor, h_NF: Tensor, slope: float) -> Tensor:
     """Return ``(dy w) * activation'(h)``: the gradient of ``h`` through the second product."""
     out_NF = torch.empty_like(h_NF)
     _launch(dy_NE.contiguous(), w_EF.contiguous(), h_NF, out_NF, slope, backward=True)
     return out_NF
-
-
-@activated_product.register_fake
-def _(x_NE: Tensor, w_FE: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    h_NF = x_NE.new_empty(x_NE.size(0), w_FE.size(0))
-    return h_NF, torch.empty_like(h_NF)
 
 
 @activated_product_backward.register_fake
@@ -143,7 +128,9 @@ def squared_mlp(
         proj_EF: Weight of the second.
         slope: Slope of the leaky ReLU below zero; 0 is ReLU squared.
     """
-    h_NF, a_NF = activated_product(x_NE, fc_FE, slope)
+    h_NF = x_NE.new_empty(x_NE.size(0), fc_FE.size(0))
+    a_NF = torch.empty_like(h_NF)
+    _launch(x_NE.contiguous(), fc_FE.contiguous(), h_NF, a_NF, slope, backward=False)
     return a_NF @ proj_EF.T, h_NF, a_NF
 
 

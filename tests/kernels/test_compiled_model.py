@@ -95,3 +95,20 @@ def test_kernels_off_leaves_them_out(
     gpt = randomized(use_kernels)
     gpt.prepare(use_kernels)
     assert not any(block.kernels or block.attn.kernels or block.mlp.kernels for block in gpt.blocks)
+
+
+def test_fake_quantisation_reaches_the_products_of_the_kernels(use_kernels: torch.device) -> None:
+    gpt = randomized(use_kernels)
+    gpt.prepare(use_kernels)
+    ids_BT = torch.randint(1024, (1, 16), device=use_kernels)
+    compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        exact_BT = compiled(ids_BT, ids_BT)
+        for name in ("attn.c_q", "attn.c_k", "mlp.fc", "mlp.proj"):
+            layer = gpt.blocks[0].get_submodule(name)
+            layer.qat_clip = 7
+            changed_BT = compiled(ids_BT, ids_BT)
+            plain_BT = gpt.token_losses(ids_BT, ids_BT)
+            torch.testing.assert_close(changed_BT, plain_BT, rtol=1e-4, atol=1e-4)
+            assert (changed_BT - exact_BT).abs().max() > 1e-3, name
+            layer.qat_clip = None
