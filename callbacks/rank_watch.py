@@ -27,7 +27,7 @@ class RankWatch(Callback):
     """Refuses ranks that differ, and ends the run on all of them when one dies or hangs.
 
     When fit begins the ranks compare their settings, the lengths and both ends of their shards,
-    and their code. From then on each shows a sign of life about once a second, whatever its GPU
+    and their code. From then on each shows a sign of life about twice a second, whatever its GPU
     does. A rank whose collective fails waits a few seconds to learn who is to blame; one that hangs
     in a collective with a dead rank ends after ``timeout_seconds``. The message names the rank.
 

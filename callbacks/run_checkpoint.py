@@ -9,9 +9,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from callbacks.find import find_callback
+from callbacks.find import find_callback, optional_callback
+from callbacks.gptq_export import GPTQExport
 from callbacks.run_folder import run_folder
 from callbacks.wall_clock_budget import WallClockBudget
+from callbacks.weight_averaging import WeightAveraging
+from pgl.collectives import on_rank_zero
+from pgl.io import check_folder, remove_stale
 from pgl.signals import defer_signals, stop_error
 
 FILE_NAME = "last"
@@ -84,6 +88,12 @@ class RunCheckpoint(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before training: refuse a folder without room, remove what killed runs left."""
+        super().on_fit_start(trainer, pl_module)
+        on_rank_zero(trainer.strategy, lambda: self._prepare_folder(trainer, pl_module))
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, whichever folder it lies in."""
         with warnings.catch_warnings():
@@ -152,6 +162,15 @@ class RunCheckpoint(ModelCheckpoint):
         path, step = self._newest
         return f"The last good checkpoint is of step {step:,}: resume with --ckpt_path {path}"
 
+    def _prepare_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(self.dirpath or ".")
+        remove_stale(folder)
+        exporter = optional_callback(trainer, GPTQExport)
+        artifact_bytes = 0 if exporter is None else exporter.limit_bytes or 0
+        # The new file is whole before the old one goes.
+        needed_bytes = 2 * checkpoint_bytes(trainer, pl_module) + artifact_bytes
+        check_folder(folder, needed_bytes, "two checkpoints and the artifact")
+
     def _path(self) -> Path:
         return Path(self.dirpath or ".") / f"{FILE_NAME}{self.FILE_EXTENSION}"
 
@@ -161,3 +180,18 @@ class RunCheckpoint(ModelCheckpoint):
         if self.every_seconds is not None:
             return elapsed_seconds - self._saved_at_seconds >= self.every_seconds
         return False
+
+
+def checkpoint_bytes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Return about how long a checkpoint is: weights twice, optimizer state, averages.
+
+    With several ranks each has a part of Muon's momentum, so that of all of them is estimated from
+    the weights.
+    """
+    weights = sum(p.nbytes for p in pl_module.gpt.parameters())
+    values = sum(p.numel() for p in pl_module.gpt.parameters())
+    own = sum(t.nbytes for state in trainer.optimizers[0].state.values() for t in state.values())
+    optimizer = own if trainer.world_size == 1 else max(own, 2 * weights)
+    averaging = optional_callback(trainer, WeightAveraging)
+    averages = 0 if averaging is None else 4 * values * len(averaging.configs)
+    return 2 * weights + optimizer + averages

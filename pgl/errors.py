@@ -9,7 +9,7 @@ class DivergenceError(RunError):
     """The loss or the gradient of a step is not finite."""
 
 
-class DiskError(RunError):
+class DiskError(RunError, OSError):
     """A file cannot be written: no space, no permission, or no such folder."""
 
 

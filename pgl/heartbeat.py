@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-LONGEST_INTERVAL_SECONDS = 1.0
+LONGEST_INTERVAL_SECONDS = 0.5
 BEATS_MISSED = 4
 EXIT_STATUS = 3
 
@@ -64,7 +65,7 @@ class Heartbeats:
         self._heard: dict[int, float] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             host,
             port or 0,
             is_master=port is None,
@@ -125,15 +126,20 @@ class Heartbeats:
                 return
 
     def _exchange(self, own: Beat) -> None:
+        if self._store is None:
+            return
         others = list(self._heard)
         try:
             self._show(own)
             values = self._store.multi_get([_key(rank) for rank in others])
         except (RuntimeError, OSError):
-            return  # the store is rank 0's: its silence is noticed like any other's
+            # The store is rank 0's, whose silence is noticed like any other's; asked again, it
+            # would print a page each time.
+            self._store = None
+            return
         for rank, value in zip(others, values, strict=True):
             beat = Beat(**json.loads(value))
-            if beat != self.beats.get(rank) or beat.finished:
+            if beat != self.beats.get(rank) or beat.finished or beat.failed:
                 self._heard[rank] = time.monotonic()
             self.beats[rank] = beat
 
@@ -155,13 +161,12 @@ class Heartbeats:
         )
 
     def _try_to_show(self, beat: Beat) -> None:
-        try:
+        with suppress(RuntimeError, OSError):  # nobody may be left to see it
             self._show(beat)
-        except (RuntimeError, OSError):
-            pass  # nobody is left to see it
 
     def _show(self, beat: Beat) -> None:
-        self._store.set(_key(self.rank), json.dumps(asdict(beat)))
+        if self._store is not None:
+            self._store.set(_key(self.rank), json.dumps(asdict(beat)))
 
 
 def _key(rank: int) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pgl.data.shards import check_tokens, read_shard
+from pgl.data.shards import check_tokens, check_unchanged, read_shard, shard_state
 from pgl.data.sources import Corpus, Source
 from pgl.data.stream import BatchLayout, TokenStream, TrainLoader
 from pgl.data.tokenizer import load_tokenizer
@@ -250,7 +250,15 @@ class TokenDataModule(pl.LightningDataModule):
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the data of a run: names, counts and hashes."""
+        """Return what identifies the data of a run: names, counts and hashes.
+
+        Raises:
+            ShardError: If a shard is no longer as the run has read it.
+        """
+        if hasattr(self, "stream"):
+            self.stream.check_unchanged()
+        for path, state in zip(self.corpus.val_shards, self._val_states, strict=True):
+            check_unchanged(path, state)
         return {
             "source": self.corpus.name,
             "tokenizer": self.corpus.tokenizer_path.name,
@@ -259,6 +267,7 @@ class TokenDataModule(pl.LightningDataModule):
             "val_shards": {path.name: sha256_file(path) for path in self.corpus.val_shards},
             "train_tokens": self.stream.total_tokens if hasattr(self, "stream") else None,
             "val_targets": len(self.val_tokens) - 1,
+            "val_split_targets": self.val_split_tokens - 1,
             # Measured on the whole split, so it says nothing about a part of it.
             "val_xz_bits_per_byte": None
             if self.max_val_tokens
@@ -267,9 +276,11 @@ class TokenDataModule(pl.LightningDataModule):
 
     def _open_validation(self) -> None:
         shards = [read_shard(path) for path in self.corpus.val_shards]
+        self._val_states = [shard_state(path) for path in self.corpus.val_shards]
         for path, shard in zip(self.corpus.val_shards, shards, strict=True):
             check_tokens(shard, self.vocab_size, path)
         tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+        self.val_split_tokens = len(tokens)
         self.val_tokens: np.ndarray = tokens[: self.max_val_tokens]
         self._val_tokens_N: torch.Tensor | None = None  # on the device that scores them
         audited = audit_bytes(

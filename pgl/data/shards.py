@@ -85,6 +85,31 @@ def read_shard(path: str | os.PathLike[str]) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
+def shard_state(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return a file's length in bytes and when it was last written, in nanoseconds.
+
+    Raises:
+        ShardError: If it is not there.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"{path} was deleted while the run was reading it: restore it and resume."
+        ) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: str | os.PathLike[str], state: tuple[int, int]) -> None:
+    """Check that a shard is as it was when it was opened.
+
+    Raises:
+        ShardError: If it was deleted or written to.
+    """
+    if shard_state(path) != state:
+        raise ShardError(f"{path} was changed while the run was reading it: restore it and resume.")
+
+
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
     """Write tokens as a shard; the file appears under its name only when complete.
 

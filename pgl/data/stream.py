@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgl.data.shards import check_tokens, read_shard
+from pgl.data.shards import check_tokens, check_unchanged, read_shard, shard_state
 
 PREFETCH_BATCHES = 4
 _STEPS_WITHOUT_END = 1_000_000_000
@@ -39,17 +39,33 @@ class TokenStream:
         self.paths = list(shards)
         self.vocab_size = vocab_size
         self._shards = [read_shard(path) for path in self.paths]
+        self._states = [shard_state(path) for path in self.paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.total_tokens = int(self._ends[-1])
 
+    def check_unchanged(self) -> None:
+        """Check that all shards are as they were when the stream was opened.
+
+        Raises:
+            ShardError: If one was deleted or written to.
+        """
+        for path, state in zip(self.paths, self._states, strict=True):
+            check_unchanged(path, state)
+
     def read(self, position: int, count: int) -> np.ndarray:
-        """Return ``count`` tokens (uint16) from ``position``, wrapping after the last shard."""
+        """Return ``count`` tokens (uint16) from ``position``, wrapping after the last shard.
+
+        Raises:
+            ShardError: If a shard was deleted or written to since the stream was opened.
+        """
         pieces = []
         position %= self.total_tokens
         while count > 0:
             index = int(np.searchsorted(self._ends, position, side="right"))
             shard, end = self._shards[index], int(self._ends[index])
             start = position - (end - len(shard))
+            # Before each read: what was cut off a mapped file ends the process with SIGBUS.
+            check_unchanged(self.paths[index], self._states[index])
             piece = shard[start : start + min(count, end - position)]
             check_tokens(piece, self.vocab_size, self.paths[index])
             pieces.append(piece)

@@ -16,12 +16,27 @@ import pgl.io
 from callbacks import gptq_export, sliding_window_bpb
 from pgl.artifact import load
 from pgl.cli import main
+from pgl.trainer import GolfTrainer
 
 STEPS = 8
 
+PHASES: dict[str, tuple[Any, str]] = {
+    "training": (callbacks.WallClockBudget, "on_train_batch_start"),
+    "validation": (callbacks.WallClockBudget, "on_validation_start"),
+    "checkpointing": (GolfTrainer, "save_checkpoint"),
+    "calibration": (gptq_export, "calibrate"),
+    "packing": (gptq_export, "pack_model"),
+}
+"""What is called when a phase begins: its owner and name."""
 
-def write_config(path: Path, source: tuple[str, str], steps: int = STEPS, every: int = 2) -> Path:
-    """Write the configuration of a tiny run that keeps its files beside the configuration."""
+
+def write_config(
+    path: Path, source: tuple[str, str], steps: int = STEPS, every: int = 2, **more: Any
+) -> Path:
+    """Write the configuration of a tiny run that keeps its files beside the configuration.
+
+    ``more`` replaces whole sections.
+    """
     config = {
         "model": {
             "gpt": {
@@ -64,7 +79,7 @@ def write_config(path: Path, source: tuple[str, str], steps: int = STEPS, every:
             },
         },
     }
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump({**config, **more}))
     return path
 
 
@@ -98,6 +113,20 @@ def run_rank(command: list[str], signals: dict[int, tuple[int, int]]) -> None:
     main(command)
 
 
+def run_killed(config: Path, rank: int | None, phase: str, entry: int, seconds: float) -> None:
+    """Run the command line as one rank of a job, of which ``rank`` dies within a phase.
+
+    It dies so many seconds after the phase, a key of :data:`PHASES`, is entered for the
+    ``entry``-th time. None: nobody dies.
+    """
+    torch.set_num_threads(1)
+    os.environ.update(rank_environment)
+    if rank == int(rank_environment.get("LOCAL_RANK", 0)):
+        owner, name = PHASES[phase]
+        _at_call(owner, name, entry, lambda *args: after(seconds))
+    main(arguments(config))
+
+
 def outcome(config: Path) -> dict[str, Any]:
     """Return what a run must have come to, however often it was interrupted."""
     folder = config.parent / config.stem
@@ -108,7 +137,7 @@ def outcome(config: Path) -> dict[str, Any]:
         "model": digest(checkpoint["state_dict"]),
         "optimizer": digest(checkpoint["optimizer_states"]),
         "averages": digest(checkpoint["callbacks"]["WeightAveraging"]),
-        "counters": digest(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]),
+        "counters": digest(_counters(checkpoint)),
         "random": digest(checkpoint["callbacks"]["RandomState"]),
     }
     if (folder / "report.json").exists():
@@ -121,6 +150,19 @@ def outcome(config: Path) -> dict[str, Any]:
         ]
         parts["artifact"] = digest(load(folder / "model.pgl").state_dict)
     return parts
+
+
+def _counters(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return how many micro-batches were begun and processed.
+
+    Not how many were completed: by one less if last.ckpt was written behind the last step and the
+    run died before it was written again at the end, as a run without steps left does not.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return {
+        counts: {event: progress[counts][event] for event in ("ready", "started", "processed")}
+        for counts in ("total", "current")
+    }
 
 
 def in_step(step: int, *signals: int) -> None:
@@ -137,6 +179,11 @@ def in_step(step: int, *signals: int) -> None:
 def before_rename(count: int) -> None:
     """Die when so many files are complete but for their name."""
     _at_call(pgl.io.os, "replace", count, _die)
+
+
+def at_phase(phase: str, entry: int) -> None:
+    """Die where a phase, a key of :data:`PHASES`, is entered for the ``entry``-th time."""
+    _at_call(*PHASES[phase], entry, _die)
 
 
 def in_write(count: int) -> None:

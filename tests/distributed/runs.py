@@ -47,6 +47,7 @@ class Recorder(Callback):
         self.rows: list[list[list[int]]] = []
         self.losses: list[float] = []
         self.steering: list[list[float]] = []
+        self._originals: dict[str, Callable[..., Any]] = {}
         self._rows: list[list[int]] = []
 
     def on_train_start(self, trainer, pl_module):
@@ -148,6 +149,32 @@ class Fit:
         }
 
 
+def tiny_model_and_data(
+    source: tuple[str, str], batch_tokens: int
+) -> tuple[GolfModule, TokenDataModule]:
+    gpt = GPTConfig(
+        vocab_size=VOCAB,
+        num_layers=2,
+        model_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_hidden=48,
+        smear_gate=True,
+        bigram_buckets=64,
+        bigram_dim=8,
+    )
+    data = TokenDataModule(
+        Shards(*source),
+        seq_len=32,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=64,
+        spans_per_batch=4,
+        val_batch_windows=8,
+        max_val_tokens=TARGETS + 1,
+    )
+    return GolfModule(gpt), data
+
+
 def fit(
     folder: Path,
     source: tuple[str, str],
@@ -163,28 +190,7 @@ def fit(
     ``overrides`` replace callbacks by their key; ``expected`` errors are kept, others are raised.
     """
     torch.manual_seed(0)
-    module = GolfModule(
-        GPTConfig(
-            vocab_size=VOCAB,
-            num_layers=2,
-            model_dim=32,
-            num_heads=2,
-            num_kv_heads=1,
-            mlp_hidden=48,
-            smear_gate=True,
-            bigram_buckets=64,
-            bigram_dim=8,
-        )
-    )
-    data = TokenDataModule(
-        Shards(*source),
-        seq_len=32,
-        batch_tokens=batch_tokens,
-        micro_batch_tokens=64,
-        spans_per_batch=4,
-        val_batch_windows=8,
-        max_val_tokens=TARGETS + 1,
-    )
+    module, data = tiny_model_and_data(source, batch_tokens)
     recorder = Recorder()
     keys = {
         "budget": callbacks.WallClockBudget(seconds=None, steps=6, warmup_steps=0),
@@ -195,6 +201,7 @@ def fit(
         "divergence": callbacks.DivergenceGuard(),
         "artifact": callbacks.GPTQExport(),
         "validation": callbacks.SlidingWindowBPB(stride_tokens=8),
+        "ttt": callbacks.TestTimeTraining(),
         "report": callbacks.RunReport(),
         "checkpoint": callbacks.RunCheckpoint(),
         "random_state": callbacks.RandomState(),

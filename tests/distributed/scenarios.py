@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from runs import fit
 
-from callbacks import GPTQExport, RunCheckpoint, WallClockBudget
+from callbacks import GPTQExport, RunCheckpoint, TestTimeTraining, WallClockBudget
 from pgl.artifact import ArtifactTooLarge
 from pgl.phases import PhaseTimer
 
@@ -85,6 +85,18 @@ def one_fit(folder: Path, source: Source, settings: dict[str, Any]) -> None:
     """One fit on however many ranks."""
     run = fit(folder / "whole", source, **settings)
     torch.save(run.summary(), folder / f"whole.{run.trainer.global_rank}.pt")
+
+
+def adapted(folder: Path, source: Source, artifact: Path, ttt: TestTimeTraining) -> None:
+    """One fit that ends with test-time training, and test-time training on an artifact."""
+    budget = WallClockBudget(seconds=None, steps=1, warmup_steps=0)
+    run = fit(folder / "adapted", source, ttt=ttt, budget=budget)
+    found = run.summary()
+    (found["validated"],) = run.trainer.validate(
+        run.module, datamodule=run.data, ckpt_path=artifact, verbose=False
+    )
+    found["evidence"] = ttt.report()
+    torch.save(found, folder / f"adapted.{run.trainer.global_rank}.pt")
 
 
 def parallel_muon(folder: Path, source: Source, settings: dict[str, Any]) -> None:

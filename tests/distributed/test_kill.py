@@ -17,7 +17,7 @@ from pgl.data import Shards
 sys.path.append(str(Path(__file__).parent))
 
 import crashes
-from runs import TIME_LIMIT_SECONDS, exit_codes, start
+from runs import TIME_LIMIT_SECONDS, exit_codes, in_ranks, start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -63,8 +63,10 @@ def saved_step(config: Path) -> int:
         (("in_quantising",), 8),
         pytest.param(("before_reading_back",), 8, marks=pytest.mark.slow),
         (("in_scoring",), 8),
+        # After the checkpoint of the last step, before that of the end of training.
+        (("at_phase", "checkpointing", 5), 8),
     ],
-    ids=["step 3", "step 5", "half a checkpoint", "quantising", "read back", "scoring"],
+    ids=["step 3", "step 5", "half a checkpoint", "quantising", "read back", "scoring", "end"],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, whole, moment, step):
     assert run(config, *moment) == -signal.SIGKILL
@@ -129,18 +131,57 @@ def test_kill_minus_nine_from_outside(tmp_path, source):
     assert crashes.outcome(config) == crashes.outcome(expected)
 
 
+KILLS = {1: 5, 2: 5}
+"""Rounds of kills, one in each phase of a run, by the number of processes."""
+
+
 @pytest.mark.slow
-def test_ten_random_moments(tmp_path, source, whole):
-    dice = random.Random(0)
-    started = time.monotonic()
-    assert run(crashes.write_config(tmp_path / "timed.yaml", source)) == 0
-    seconds = time.monotonic() - started
-    config = crashes.write_config(tmp_path / "run.yaml", source)
-    killed = 0
-    for _ in range(10):
-        status = run(config, "after", dice.uniform(0.3, 1.0) * seconds)
-        assert status in (0, -signal.SIGKILL)
-        killed += status != 0
-    assert killed >= 3
-    assert run(config) == 0
-    assert crashes.outcome(config) == whole
+@pytest.mark.parametrize("processes", KILLS)
+def test_random_kills_in_every_phase(tmp_path, source, processes):
+    def config_of(name: str) -> Path:
+        return crashes.write_config(
+            tmp_path / f"{name}.yaml",
+            source,
+            trainer=trainer_section(tmp_path / name, processes),
+            artifact={
+                "quant": {"mlp": {"method": "gptq"}, "attention": {"method": "gptq"}},
+                "calibration_sequences": 8,
+            },
+            validation={"stride_tokens": 8, "every_n_steps": 3},
+            ranks={"timeout_seconds": 30.0},
+        )
+
+    def attempt(config: Path, rank: int | None, *moment: Any) -> list[int | None]:
+        return in_ranks(processes, crashes.run_killed, config, rank, *moment)
+
+    whole = config_of("whole")
+    assert attempt(whole, None, "training", 0, 0.0) == [0] * processes
+    expected = crashes.outcome(whole)
+    dice, killed = random.Random(processes), dict.fromkeys(crashes.PHASES, 0)
+    for number in range(KILLS[processes]):
+        config = config_of(f"run{number}")
+        # In the order in which a run comes to them; the last three come again in each attempt.
+        for phase in crashes.PHASES:
+            entry = dice.randint(1, 10) if phase == "training" else 1
+            rank = 0 if phase == "packing" else dice.randrange(processes)
+            codes = attempt(config, rank, phase, entry, dice.uniform(0, 0.02))
+            assert None not in codes, f"a process hangs after a kill in {phase}"
+            killed[phase] += codes[rank] == -signal.SIGKILL
+        assert attempt(config, None, "training", 0, 0.0) == [0] * processes
+        assert crashes.outcome(config) == expected
+        assert not list((tmp_path / f"run{number}").glob(".*.tmp"))
+    assert sum(killed.values()) >= 5 * KILLS[processes], killed
+
+
+def trainer_section(folder: Path, processes: int) -> dict[str, Any]:
+    logger = {"save_dir": str(folder), "name": "", "version": "", "default_hp_metric": False}
+    return {
+        "accelerator": "cpu",
+        "devices": processes,
+        "strategy": "ddp" if processes > 1 else "auto",
+        "enable_model_summary": False,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": logger,
+        },
+    }

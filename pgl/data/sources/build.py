@@ -114,20 +114,21 @@ def load_built(directory: Path) -> Corpus:
     """Return the corpus that :func:`build_once` left in ``directory``.
 
     Raises:
-        ValueError: If there is none, or a shard is damaged.
+        ValueError: If there is none, or its manifest or a shard is damaged.
     """
     if not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} has not been built; call the source's prepare() first.")
-    manifest = json.loads((directory / MANIFEST).read_text())
-    val = manifest["splits"]["val"]
-    xz_bytes = val["xz_bytes"]
-    return Corpus.from_files(
-        manifest["name"],
-        [directory / name for name in manifest["splits"]["train"]["shards"]],
-        [directory / name for name in val["shards"]],
-        directory / TOKENIZER,
-        val_xz_bits_per_byte=None if xz_bytes is None else 8 * xz_bytes / val["text_bytes"],
-    )
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        name, train, val = manifest["name"], manifest["splits"]["train"], manifest["splits"]["val"]
+        shards = [[directory / shard for shard in split["shards"]] for split in (train, val)]
+        xz_bytes = val["xz_bytes"]
+        bits_per_byte = None if xz_bytes is None else 8 * xz_bytes / val["text_bytes"]
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{directory / MANIFEST} is damaged ({error!r}): remove {directory} and build it again"
+        ) from error
+    return Corpus.from_files(name, *shards, directory / TOKENIZER, bits_per_byte)
 
 
 def _is_whole(directory: Path) -> bool:

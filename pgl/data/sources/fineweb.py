@@ -17,6 +17,7 @@ from pgl.data.sources.hub import HubFiles, hub_progress_hidden
 from pgl.data.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
+MAX_FILES = 100_000
 STAGING = "tmp"
 
 
@@ -185,7 +186,7 @@ def list_files(manifest: dict[str, Any], dataset: str, repo_id: str) -> Listing:
     counts = []
     for key in ("files_train", "files_val"):
         count = (entry.get("stats") or {}).get(key)
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, int) or not 1 <= count <= MAX_FILES:
             raise ValueError(
                 f"the manifest of {repo_id} gives stats.{key}={count!r} for {dataset}; "
                 "use a repository whose manifest counts its files."

@@ -1,14 +1,18 @@
-"""A small Hugging Face hub on this machine, with the faults that the real one shows."""
+"""A folder of made-up texts, and a small Hugging Face hub with the faults of the real one."""
 
 import hashlib
+import json
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from huggingface_hub import constants, file_download
+
+from tests.data.sources.stories import story
 
 Fault = Literal["empty", "short", "head_503", "get_503", "dies"]
 
@@ -136,3 +140,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "text"
+    (root / "deep" / "er").mkdir(parents=True)
+    for index in range(10):
+        (root / "deep" / f"{index}.txt").write_text(story(index))
+    lines = [json.dumps({"text": story(index), "id": index}) for index in range(100, 160)]
+    (root / "deep" / "er" / "more.jsonl").write_text("\n".join(lines) + "\n\n")
+    (root / "readme.md").write_text("not read")
+    return root
