@@ -25,15 +25,17 @@ def legality(
         device: Number and type of the devices.
     """
     validation = find_callback(trainer, SlidingWindowBPB)
+    exporter, budget = find_callback(trainer, GPTQExport), find_callback(trainer, WallClockBudget)
     ttt = optional_callback(trainer, TestTimeTraining)
     probes = validation.probes
     return judge(
         Evidence(
             data=data,
             trained_tokens=trained_tokens,
-            calibration=_calibration(find_callback(trainer, GPTQExport)),
-            budget=find_callback(trainer, WallClockBudget).report(),
-            artifact=find_callback(trainer, GPTQExport).report(),
+            steps=trainer.global_step,
+            calibration=exporter.calibrated,
+            budget=budget.report(),
+            artifact=exporter.report(),
             score=asdict(validation.scores[-1]) if validation.scores else None,
             probes=None
             if probes is None
@@ -42,9 +44,3 @@ def legality(
             device=device,
         )
     )
-
-
-def _calibration(exporter: GPTQExport) -> str | None:
-    """Return what GPTQ was calibrated on; None if nothing was calibrated."""
-    calibration = exporter.report().get("calibration")
-    return None if calibration is None else calibration["source"]

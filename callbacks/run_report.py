@@ -13,13 +13,14 @@ from callbacks.divergence_guard import DivergenceGuard
 from callbacks.find import find_callback, optional_callback
 from callbacks.gptq_export import GPTQExport
 from callbacks.legality import legality
-from callbacks.progress import BudgetProgress
+from callbacks.progress import print_lines
 from callbacks.run_folder import run_folder
 from callbacks.sliding_window_bpb import SlidingWindowBPB
 from callbacks.techniques import techniques
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
 from pgl.io import atomic_write
+from pgl.legality import final_score
 from pgl.report import environment, quantisation_loss, summary, to_markdown
 
 
@@ -39,6 +40,19 @@ class RunReport(Callback):
     """
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins: say what the format of Muon's momentum saves."""
+        optimizer = pl_module.optimizers(use_pl_optimizer=False)
+        if optimizer.momentum_format != "float32":
+            taken, saved = optimizer.momentum_bytes(), optimizer.momentum_bytes_saved()
+            where = " on rank 0" if trainer.world_size > 1 else ""
+            print_lines(
+                trainer,
+                f"{optimizer.momentum_format} momentum takes {taken / 1e6:.2f} MB{where} and saves "
+                f"{saved / 1e6:.2f} MB against float32",
+            )
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends, after export and scoring."""
         folder = run_folder(trainer)
@@ -50,9 +64,7 @@ class RunReport(Callback):
         with atomic_write(folder / "report.md") as file:
             file.write(to_markdown(report).encode())
         self._log_hparams(trainer, pl_module, report)
-        text = f"{summary(report)}\n  files      {folder}"
-        bar = trainer.progress_bar_callback
-        bar.print_lines(text) if isinstance(bar, BudgetProgress) else print(text)
+        print_lines(trainer, f"{summary(report)}\n  files      {folder}")
 
     def collect(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path
@@ -97,8 +109,8 @@ class RunReport(Callback):
     def _log_hparams(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: dict[str, Any]
     ) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not report["scores"]:
+        final = final_score(report["scores"])
+        if not isinstance(trainer.logger, TensorBoardLogger) or final is None:
             return
-        last = report["scores"][-1]
         config = {"batch_tokens": trainer.datamodule.batch_tokens, **pl_module.config()}
-        trainer.logger.log_hyperparams(config, {"final/bpb": last["bpb"]})
+        trainer.logger.log_hyperparams(config, {"final/bpb": final["bpb"]})

@@ -24,12 +24,14 @@ from callbacks.weight_averaging import WeightAveraging
 from pgl.data.datamodule import MAX_BATCH_WINDOWS, MAX_SEQ_LEN
 from pgl.evaluate import (
     BatchScores,
+    CompiledScorer,
     Probes,
     ScoreMap,
     WindowBatch,
     WindowLoader,
     evaluate_windows,
     probe,
+    token_losses,
 )
 from pgl.evaluate.score import evaluation_mode
 from pgl.evaluate.windows import Tail
@@ -207,8 +209,8 @@ class SlidingWindowBPB(Callback):
             self._keep(trainer, "raw", chunks, pl_module.last_score)
         else:
             self._score(trainer, pl_module, averaging.weights(pl_module, "raw"), "raw", chunks)
-        for name, average in averaging.averages.items():
-            if average.count > 0:
+        for name in averaging.averages:
+            if averaging.is_usable(name):
                 weights = averaging.weights(pl_module, name)
                 self._score(trainer, pl_module, weights, name, chunks)
         exported = find_callback(trainer, GPTQExport).exported
@@ -270,9 +272,7 @@ class SlidingWindowBPB(Callback):
             )
             pl_module.bits_per_byte.reset()
             score_map.sum_over_ranks()
-            with evaluation_mode(pl_module.gpt):
-                window = loader.tokens_N[: min(loader.seq_len, loader.num_targets) + 1]
-                self.probes = probe(pl_module.gpt, window, pl_module.gpt_config.vocab_size)
+            self.probes = _probe(pl_module, loader)
         if self.analysis:
             log_analysis(trainer, f"{name}_{windows_name(loader)}", score_map)
         self._keep(trainer, name, loader, result, score_map)
@@ -286,3 +286,18 @@ class SlidingWindowBPB(Callback):
         score_map: ScoreMap | None = None,
     ) -> None:
         self.add(trainer, make_score(name, windows_name(loader), loader, result, score_map))
+
+
+def _probe(pl_module: pl.LightningModule, loader: WindowLoader) -> Probes:
+    """Ask the model about the first window, and about batches of the shape that was scored."""
+    scorer = pl_module.score_batch
+    in_batches = loader.num_bulk_batches > 0 and loader.stride > 1
+    with evaluation_mode(pl_module.gpt):
+        return probe(
+            pl_module.gpt,
+            loader.tokens_N[: min(loader.seq_len, loader.num_targets) + 1],
+            pl_module.gpt_config.vocab_size,
+            losses=scorer.losses if isinstance(scorer, CompiledScorer) else token_losses,
+            last=loader.stride if in_batches else None,
+            batch_windows=loader.batch_windows,
+        )

@@ -202,7 +202,7 @@ class TestTimeTraining(Callback):
 
             def keep(record: ChunkRecord) -> None:
                 evidence.chunks += 1
-                evidence.trained_targets = record.trained_after
+                evidence.trained_targets += record.trained_targets
                 evidence.scored_first &= record.scored_first
                 advance(text=running_text(running.read()))
 

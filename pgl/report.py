@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import pgl
-from pgl.legality import legality_line, legality_lines
+from pgl.legality import final_score, legality_line, legality_lines
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "sentencepiece", "zstandard", "numpy")
 
@@ -96,10 +96,10 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _compared_with_xz(report: dict[str, Any]) -> list[str]:
-    xz = report["data"].get("val_xz_bits_per_byte")
-    if xz is None or not report["scores"]:
+    xz, score = report["data"].get("val_xz_bits_per_byte"), final_score(report["scores"])
+    if xz is None or score is None:
         return []
-    final = report["scores"][-1]["bpb"]
+    final = score["bpb"]
     verdict = "below" if final < xz else "NOT below"
     return [f"{final:.4f} is {verdict} the {xz:.4f} bits per byte of xz -9e on the same text.", ""]
 

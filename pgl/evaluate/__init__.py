@@ -10,12 +10,13 @@ from pgl.evaluate.loader import (
     default_batch_windows,
     tokens_on,
 )
-from pgl.evaluate.probes import Probes, probe
+from pgl.evaluate.probes import Change, Probes, probe
 from pgl.evaluate.score import (
     BatchScores,
-    compiled_scorer,
+    CompiledScorer,
     evaluate_windows,
     score_batch,
+    token_losses,
 )
 from pgl.evaluate.score_map import DocumentScore, ScoreMap, document_scores, worst_documents
 from pgl.evaluate.ttt import (
@@ -32,7 +33,9 @@ __all__ = [
     "BitsPerByte",
     "ByteAuditError",
     "ByteTable",
+    "Change",
     "ChunkRecord",
+    "CompiledScorer",
     "DocumentScore",
     "FullTTTConfig",
     "Probes",
@@ -43,7 +46,6 @@ __all__ = [
     "WindowBatch",
     "WindowLoader",
     "audit_bytes",
-    "compiled_scorer",
     "default_batch_windows",
     "document_scores",
     "evaluate_windows",
@@ -56,6 +58,7 @@ __all__ = [
     "shard",
     "sliding_windows",
     "target_bytes",
+    "token_losses",
     "tokens_on",
     "train_on_all",
     "worst_documents",

@@ -80,7 +80,12 @@ class TTTConfig(SGDConfig):
 
 @dataclass
 class FullTTTConfig(SGDConfig):
-    """Training on all of the validation text before it is scored. The defaults are PR #388's."""
+    """Training on all of the validation text before it is scored.
+
+    The numbers are PR #388's, the order is not: there each of 8 processes went through an eighth of
+    the text, so a step had 32 sequences from each of 8 distant places; here a step has 256
+    sequences in a row, whatever the number of processes.
+    """
 
     lr: float = 0.008
     """Learning rate, the same in every step."""

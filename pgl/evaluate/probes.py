@@ -1,6 +1,6 @@
 """Two questions to the very model that is scored: does it look ahead, and is it a distribution?
 
-Shapes: S window length, P positions, V vocabulary.
+Shapes: B rows of a batch, S window length, P positions, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -8,28 +8,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgl.evaluate.score import TokenLosses
+from pgl.evaluate.score import Losses, TokenLosses, token_losses
 
 PROBED_POSITIONS = 8
+UNHEARD_NATS = 1e-4
+
+
+@dataclass(frozen=True)
+class Change:
+    """How scores changed when the model read other tokens from one position on.
+
+    The targets stayed what they were, so that a model which reads its own target is caught.
+    """
+
+    first: int
+    """First position that read another token."""
+    before: float
+    """Largest change, in nats, of a score before that position; must be 0."""
+    after: float
+    """Largest change of a score from that position on; 0 would mean that nothing was tested."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether no score heard of a token after its position."""
+        return self.before <= UNHEARD_NATS < self.after
 
 
 @dataclass(frozen=True)
 class Probes:
     """What the probes of :func:`probe` found."""
 
-    changed_from: int
-    """First token that was changed."""
-    change_before: float
-    """Largest change, in nats, of a score before that token; must be 0."""
-    change_after: float
-    """Largest change of a score from that token on; 0 would mean that the probe tests nothing."""
+    window: Change
+    """All scores of a window, by the model as it is."""
+    scored: Change | None
+    """The last scores of a window, computed as a batch of windows is; None if that was not asked.
+    """
     probability_error: float
-    """Largest distance from 1 of the summed probabilities of all tokens, over 8 positions."""
+    """Largest distance from 1 of the summed probabilities of all tokens, over 8 positions, by the
+    model as it is."""
 
     @property
     def causal(self) -> bool:
-        """Whether no score heard of a later token."""
-        return self.change_before <= 1e-4 < self.change_after
+        """Whether no score heard of a token after its position."""
+        return self.window.causal and (self.scored is None or self.scored.causal)
 
     @property
     def normalised(self) -> bool:
@@ -38,35 +59,80 @@ class Probes:
 
 
 @torch.no_grad()
-def probe(gpt: TokenLosses, tokens_S1: Tensor, vocab_size: int) -> Probes:
+def probe(
+    gpt: TokenLosses,
+    tokens_S1: Tensor,
+    vocab_size: int,
+    *,
+    losses: Losses = token_losses,
+    last: int | None = None,
+    batch_windows: int = 2,
+) -> Probes:
     """Ask the model, in the state and precision in which it is scored.
 
-    Causality: the second half of a window is replaced, and no score before it may change.
+    Causality: the model reads other tokens from the middle of a window on, with the targets of
+    before, and no score before them may change. Where ``last`` is given it is asked once more of
+    ``losses``, from the middle of the last positions on, in batches of the shape that is scored: a
+    compiled ``losses`` then runs the graph that it scored with.
     Normalisation: every token of the vocabulary is scored as the target of the same context.
 
     Args:
         gpt: The model.
         tokens_S1: A window of the text, S + 1 token ids on the model's device, S at least 2.
         vocab_size: Number of token ids.
+        losses: How batches are scored, see :func:`pgl.evaluate.score_batch`.
+        last: Trailing positions that are scored of each window of a batch, at least 2; None: leave
+            out the second question.
+        batch_windows: Windows of a batch.
     """
     seq_len = len(tokens_S1) - 1
     assert seq_len >= 2, "one target alone has nothing before it"
-    first = seq_len // 2 + 1
-    other_S1 = tokens_S1.clone()
-    other_S1[first:] = (tokens_S1[first:] + vocab_size // 2) % vocab_size
-    both_2S1 = torch.stack([tokens_S1, other_S1])
-    # Contiguous, as in scoring.
-    nats_2S = gpt.token_losses(both_2S1[:, :-1].contiguous(), both_2S1[:, 1:].contiguous())
-    # Target i is token i + 1: the scores before token `first` are those of targets < first - 1.
-    change_S = (nats_2S[0] - nats_2S[1]).abs()
-    context = min(PROBED_POSITIONS, seq_len)
+    return Probes(
+        window=_change(gpt, tokens_S1, vocab_size, token_losses, seq_len, None, 2),
+        scored=None
+        if last is None
+        else _change(gpt, tokens_S1, vocab_size, losses, last, last, batch_windows),
+        probability_error=_probability_error(gpt, tokens_S1, vocab_size),
+    )
+
+
+def _change(
+    gpt: TokenLosses,
+    tokens_S1: Tensor,
+    vocab_size: int,
+    losses: Losses,
+    positions: int,
+    last: int | None,
+    batch_windows: int,
+) -> Change:
+    """Replace what is read from the middle of the last ``positions`` on."""
+    assert positions >= 2, "one score alone has nothing before it"
+    seq_len = len(tokens_S1) - 1
+    first_scored = seq_len - positions
+    first = first_scored + positions // 2
+    read_S, targets_S = tokens_S1[:-1], tokens_S1[1:]
+    other_S = read_S.clone()
+    other_S[first:] = (read_S[first:] + vocab_size // 2) % vocab_size
+    # One batch of both, filled up with the first; or two batches where they hold one row.
+    rows_RS = torch.stack([read_S, other_S])
+    if batch_windows > 2:
+        rows_RS = torch.cat([rows_RS, read_S.expand(batch_windows - 2, seq_len)])
+    targets_BS = targets_S.repeat(batch_windows, 1)
+    nats_RP = torch.cat(
+        [losses(gpt, ids_BS, targets_BS, last) for ids_BS in rows_RS.split(batch_windows)]
+    )
+    change_P = (nats_RP[0] - nats_RP[1]).abs()
+    return Change(
+        first=first,
+        before=float(change_P[: first - first_scored].max()),
+        after=float(change_P[first - first_scored :].max()),
+    )
+
+
+def _probability_error(gpt: TokenLosses, tokens_S1: Tensor, vocab_size: int) -> float:
+    context = min(PROBED_POSITIONS, len(tokens_S1) - 1)
     ids_VP = tokens_S1[:context].repeat(vocab_size, 1)
     targets_VP = torch.arange(vocab_size, device=ids_VP.device)[:, None].expand_as(ids_VP)
     nats_VP = gpt.token_losses(ids_VP, targets_VP.to(ids_VP.dtype).contiguous())
     total_P = nats_VP.double().neg().exp().sum(0)
-    return Probes(
-        changed_from=first,
-        change_before=float(change_S[: first - 1].max()),
-        change_after=float(change_S[first - 1 :].max()),
-        probability_error=float((total_P - 1).abs().max()),
-    )
+    return float((total_P - 1).abs().max())

@@ -31,12 +31,21 @@ class BatchScores(NamedTuple):
     mask_BL: Tensor
 
 
-def score_batch(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
+Losses = Callable[[TokenLosses, Tensor, Tensor, int | None], Tensor]
+
+
+def token_losses(gpt: TokenLosses, ids_BT: Tensor, targets_BT: Tensor, last: int | None) -> Tensor:
+    """What a score computes of the model: its ``token_losses``, as a function to compile."""
+    return gpt.token_losses(ids_BT, targets_BT, last)
+
+
+def score_batch(gpt: TokenLosses, batch: WindowBatch, losses: Losses = token_losses) -> BatchScores:
     """Score the windows of a batch, computing the output head only where a target is scored.
 
     Args:
         gpt: The model, on the device of the batch.
         batch: From a :class:`pgl.evaluate.WindowLoader`.
+        losses: :func:`token_losses`, or that compiled.
 
     Returns:
         Nats (float32), token before each target, targets and the mask of scored positions, all
@@ -44,7 +53,7 @@ def score_batch(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
     """
     ids_BS = batch.tokens_BS1[:, :-1].contiguous()
     targets_BS = batch.tokens_BS1[:, 1:].contiguous()
-    nats_BL = gpt.token_losses(ids_BS, targets_BS, batch.last)
+    nats_BL = losses(gpt, ids_BS, targets_BS, batch.last)
     seq_len = ids_BS.shape[1]
     position_L = torch.arange(seq_len - batch.last, seq_len, device=ids_BS.device)
     mask_BL = (position_L >= batch.first_scored_B[:, None]) & (
@@ -58,17 +67,19 @@ def score_batch(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
 Scorer = Callable[[TokenLosses, WindowBatch], BatchScores]
 
 
-def compiled_scorer() -> Scorer:
-    """:func:`score_batch` through torch.compile, but for windows that come alone.
+class CompiledScorer:
+    """:func:`score_batch` with the model through torch.compile, but for windows that come alone.
 
     Those are few, and compiling their shape would take longer than scoring them.
     """
-    compiled = torch.compile(score_batch, fullgraph=True, dynamic=False)
 
-    def score(gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
-        return score_batch(gpt, batch) if batch.alone else compiled(gpt, batch)
+    def __init__(self) -> None:
+        self.losses: Losses = torch.compile(token_losses, fullgraph=True, dynamic=False)
+        """The compiled :func:`token_losses`: a graph for each shape of batch."""
 
-    return score
+    def __call__(self, gpt: TokenLosses, batch: WindowBatch) -> BatchScores:
+        """Score a batch."""
+        return score_batch(gpt, batch, token_losses if batch.alone else self.losses)
 
 
 def evaluate_windows(
@@ -98,7 +109,7 @@ def evaluate_windows(
         on_batch: Called after each batch with this rank's bits per byte up to the batch before
             (progress, time limits); it keeps the host one batch ahead of the device.
         on_scores: Called with each batch and its scores, still on the device.
-        score: Scores a batch, such as that of :func:`compiled_scorer`.
+        score: Scores a batch, such as :class:`CompiledScorer`.
 
     Returns:
         ``metric.compute()``: bpb, loss, tokens, bytes.

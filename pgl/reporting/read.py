@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from pgl.legality import final_score, verdict_without_breach
+
 REPORT, CONFIG, CHECKPOINT = "report.json", "config.yaml", "last.ckpt"
 EVENTS = "events.out.tfevents."
 
@@ -154,7 +156,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _result(report: dict[str, Any]) -> Result:
     training, artifact = report["training"], report["artifact"] or {}
     scores, legality = report["scores"], report.get("legality") or {}
-    final = next((s for s in reversed(scores) if s.get("legal", True)), None)
+    final = final_score(scores)
     phases = report["budget"]["phases"].values()
     return Result(
         stages={_kind(score): float(score["bpb"]) for score in scores},
@@ -169,9 +171,15 @@ def _result(report: dict[str, Any]) -> Result:
         total_seconds=sum(float(phase["seconds"]) for phase in phases),
         tokens_per_second=float(training["tokens_per_second"]),
         device=str(report["environment"]["device"]),
-        legality=legality.get("verdict"),
+        legality=_verdict(legality),
         reasons=list(legality.get("reasons", [])),
     )
+
+
+def _verdict(legality: dict[str, Any]) -> str | None:
+    verdict, not_judged = legality.get("verdict"), legality.get("not_judged")
+    # Reports of earlier versions called a run legal whatever was not judged.
+    return verdict_without_breach(not_judged) if verdict == "legal" and not_judged else verdict
 
 
 def _kind(score: dict[str, Any]) -> str:

@@ -116,6 +116,9 @@ def test_every_calibration_acts_and_none_reads_validation_tokens(golf_run, tmp_p
         report = exporter.report()["calibration"]
         assert report["source"] == calibration
         assert report["record_legal"] == (calibration != "training_after_budget")
+        assert report["read"] == ("samples" if calibration == "samples" else "training tokens")
+        assert report["counted"] == (calibration == "training")
+        assert report["tokens_read_on_rank_0"] > 0
     assert not budget.phases.phases["calibrate"].counts
     name = "blocks.0.mlp.fc.weight"
     assert torch.equal(found["training"][name], found["training_after_budget"][name])
@@ -202,3 +205,40 @@ def test_the_report_says_what_quantisation_lost(golf_run):
     assert row["kinds"] == ["int6"]
     assert 0 < row["output_error"] < 1
     assert f"int6 {'+'.join(row['codecs'])} | {row['relative_error']:.2%}" in mlp
+
+
+def test_export_without_a_clock_counts_nothing_and_warns(golf_run, tmp_path, recwarn):
+    exporter = GPTQExport(quant("gptq"), calibration_sequences=4)
+    run = golf_run(budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0), artifact=exporter)
+    [kept] = run.folder.glob("*.pgl")
+    metadata = load(kept).manifest["metadata"]["calibration"]
+    assert metadata["source"] == "training"
+    assert metadata["sequences"] == 4
+    assert metadata["counted"]
+    for source in ("training", "samples"):
+        exporter.calibration = source
+        recwarn.clear()
+        path = tmp_path / f"{source}.pgl"
+        run.trainer.export(run.module, run.data, str(run.folder / "last.ckpt"), str(path))
+        warned = [w for w in recwarn if "no training budget runs" in str(w.message)]
+        assert bool(warned) == (source == "training")
+        metadata = load(path).manifest["metadata"]["calibration"]
+        assert metadata["source"] == source
+        assert not metadata["counted"]
+        assert metadata["record_legal"] == (source == "samples")
+    phase = run.callback(WallClockBudget).phases.phases["calibrate on no clock"]
+    assert phase.seconds > 0
+    assert not phase.counts
+
+
+def test_many_samples_are_warned_of(golf_run):
+    exporter = GPTQExport(quant("gptq"), calibration="samples", calibration_sequences=512)
+    run = golf_run(fit=False, artifact=exporter)
+    run.trainer.datamodule = run.data
+    tokens = 512 * sum(range(1, 33))  # each token reads all before it
+    with pytest.warns(UserWarning, match=f"512 calibration samples takes {tokens:,} tokens"):
+        exporter.setup(run.trainer, run.module, "fit")
+
+
+def test_the_report_has_the_error_of_the_chosen_factor(exported):
+    assert exported()["output_error"] is None  # rounding has no Hessians

@@ -34,6 +34,12 @@ def trainer_with(bar, seconds=100.0):
     )
 
 
+def test_a_table_wider_than_the_console_keeps_its_rows_in_a_pipe():
+    bar, row = bar_on(), f"{'mlp':<140}int6 rans"
+    bar.print_lines(f"{row}\n{row}")
+    assert shown(bar).splitlines() == [row, row]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_step_shows_time_left_step_and_loss(terminal):
     bar = bar_on(terminal, line_every_seconds=0.0)

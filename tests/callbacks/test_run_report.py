@@ -1,11 +1,14 @@
 """The report's rows: what is on and when it acted, nothing that is off; strict JSON."""
 
+import io
 import json
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from callbacks import (
+    BudgetProgress,
     EMAConfig,
     GPTQExport,
     RunReport,
@@ -133,6 +136,39 @@ def test_small_momentum_is_listed_with_what_it_saves():
     assert row["acted"] == f"every step, saves {saved / 1e6:.2f} MB"
 
 
+@pytest.mark.parametrize("momentum_format", ["float32", "int8"])
+def test_what_small_momentum_saves_is_printed_when_training_begins(
+    golf_run, tiny_gpt, capsys, momentum_format
+):
+    optimizer = OptimizerConfig(momentum_format=momentum_format)
+    bar = BudgetProgress()
+    bar._console = Console(file=io.StringIO(), width=120)
+    run = golf_run(
+        module=GolfModule(tiny_gpt, optimizer),
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
+        progress=bar,
+    )
+    made = run.trainer.optimizers[0]
+    taken, saved = made.momentum_bytes() / 1e6, made.momentum_bytes_saved() / 1e6
+    line = f"int8 momentum takes {taken:.2f} MB and saves {saved:.2f} MB against float32"
+    shown = bar._console.file.getvalue().splitlines()
+    assert shown.count(line) == (momentum_format == "int8")
+    if momentum_format == "int8":
+        assert saved / (saved + taken) == pytest.approx(1 - 0.252, abs=0.001)
+        assert shown.index(line) < shown.index("train ...")
+
+
+def test_a_mean_of_one_snapshot_is_listed_as_never():
+    averaging = WeightAveraging(None, SnapshotConfig(), source="swa")
+    module = GolfModule(GPTConfig(**SIZE))
+    rows(module, averaging)
+    for updates, acted in ((1, "1 updates, from step 5, too few: never"), (2, "2 updates, from")):
+        averaging.averages["swa"].update(dict(module.gpt.named_parameters()))
+        averaging.first_update_step["swa"] = 5
+        row = rows(module, averaging)["weight averaging: swa"]
+        assert row["acted"].startswith(acted), updates
+
+
 def test_gptq_pruning_and_sliding_windows_are_listed_if_they_acted():
     quant = QuantConfig(
         mlp=TensorRule(method="gptq"),
@@ -149,7 +185,9 @@ def test_gptq_pruning_and_sliding_windows_are_listed_if_they_acted():
     artifact.exported = SimpleNamespace(state_dict=module.gpt.state_dict())
     validation.scores = [SimpleNamespace(weights="quantised", windows="sliding")]
     table = rows(module, artifact=artifact, validation=validation)
-    assert table["GPTQ"]["setting"] == "mlp; 16 calibration sequences"
+    assert table["GPTQ"]["setting"] == (
+        "mlp; steps grid; search off; 16 calibration sequences"
+    )
     assert table["GPTQ"]["acted"] == "on 8 matrices at export"  # up and down in 4 layers
     assert table["pruning"]["acted"] == "on 8 matrices at export"
     assert table["sliding-window scoring"]["setting"] == "stride of 16 in windows of 64 tokens"

@@ -11,10 +11,18 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import BudgetProgress, GPTQExport, SlidingWindowBPB, WallClockBudget
-from pgl.evaluate import BitsPerByte, ScoreMap, document_scores, evaluate_windows
+from callbacks.sliding_window_bpb import _probe
+from pgl.evaluate import (
+    BitsPerByte,
+    CompiledScorer,
+    ScoreMap,
+    document_scores,
+    evaluate_windows,
+)
 from pgl.model import GPT, GPTConfig
 from pgl.model.rotary import rotary_table
 from pgl.module import GolfModule
+from pgl.warm_up import compiled_graphs
 
 
 class Validations(Callback):
@@ -236,6 +244,23 @@ def test_the_progress_bar_shows_the_running_score(golf_run, capsys):
         again.module, datamodule=again.data, ckpt_path=run.folder / "model.pgl", verbose=False
     )
     assert re.search(r"validate +\d+%  \d\.\d{4} bits/byte", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_probes_the_graph_that_scored(golf_run, tiny_gpt):
+    run = golf_run(
+        module=GolfModule(tiny_gpt, compile=True),
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=1),
+    )
+    assert isinstance(run.module.score_batch, CompiledScorer)
+    validation, graphs = run.callback(SlidingWindowBPB), compiled_graphs()
+    assert validation.probes.scored.first == 32 - 8 + 4
+    assert validation.probes.causal
+    # Nothing is compiled for it: it is the graph of the shape that has been scored.
+    with run.trainer.precision_plugin.val_step_context():
+        again = _probe(run.module, validation.sliding_loader(run.trainer))
+    assert again.causal
+    assert compiled_graphs() == graphs
 
 
 @pytest.mark.parametrize("name", ["stride_tokens", "seq_len", "batch_windows", "every_n_steps"])

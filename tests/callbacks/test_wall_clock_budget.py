@@ -279,13 +279,14 @@ def test_used_time_and_events_survive_a_checkpoint():
     before = budget_on(clock, seconds=100.0)
     before.phases.start("train", counts=True)
     clock.time = 30.0
-    before.warmdown_start_step, before.mile_end_step = 5, 9
+    before.warmdown_start_step, before.mile_end_step, before.graphs_compiled = 5, 9, 2
     after = budget_on(clock, seconds=100.0)
     after.load_state_dict(before.state_dict())
     after.phases.start("train", counts=True)
     clock.time = 32.0
     assert after.phases.seconds("train") == pytest.approx(32.0)
     assert (after.warmdown_start_step, after.mile_end_step) == (5, 9)
+    assert after.report()["graphs_compiled"] == 2
 
 
 def test_mile_reports_when_it_ended():

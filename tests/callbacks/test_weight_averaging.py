@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch.callbacks as lightning_callbacks
@@ -207,7 +206,7 @@ class Scores(Callback):
 def test_validation_scores_the_averages_beside_the_raw_weights(golf_run, tiny_gpt):
     def run(folder, score, extra=()):
         averaging = WeightAveraging(
-            EMAConfig(decay=0.5), SnapshotConfig(every_steps=3, start_scale=2.0), score=score
+            EMAConfig(decay=0.5), SnapshotConfig(every_steps=2, start_scale=2.0), score=score
         )
         validation = SlidingWindowBPB(stride_tokens=32, every_n_steps=2)
         torch.manual_seed(0)
@@ -253,32 +252,6 @@ def test_the_budgets_step_scale_acts_on_the_averages(golf_run, tiny_gpt):
     assert (averaging.ema.decay, averaging.swa.every_steps) == (0.9, 20)
 
 
-@pytest.mark.parametrize(
-    ("ema", "share"),
-    [
-        (EMAConfig(decay=0.9), "73%"),
-        (EMAConfig(decay=0.3), None),
-        (EMAConfig(horizon_fraction=0.5), None),
-        (EMAConfig(start_fraction=0.5), None),
-    ],
-)
-def test_an_ema_of_the_initial_weights_warns(tiny_gpt, ema, share):
-    averaging, module = WeightAveraging(ema), GolfModule(tiny_gpt)
-    trainer, budget = fake_trainer(seconds=None, steps=6)
-    averaging.setup(trainer, module, "fit")
-    averaging.on_train_start(trainer, module)
-    for step in (4, 5, 6):
-        trainer.global_step = step
-        budget.progress = Progress(step, 0.0, None, 6)
-        averaging.on_train_batch_end(trainer, module, None, None, step)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        averaging.on_train_end(trainer, module)
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == (share is not None)
-    assert all(f"still holds {share} of the weights" in message for message in messages)
-
-
 def fake_trainer(**budget_settings):
     budget = WallClockBudget(**budget_settings)
     return SimpleNamespace(callbacks=[budget], global_step=0), budget
@@ -287,18 +260,6 @@ def fake_trainer(**budget_settings):
 def close(actual, expected):
     for name, weight in expected.items():
         torch.testing.assert_close(actual[name], weight.float(), rtol=1e-5, atol=1e-6)
-
-
-def test_an_average_that_never_started_warns_and_gives_the_raw_weights(tiny_gpt):
-    averaging = WeightAveraging(ema=None, swa=SnapshotConfig(), source="swa")
-    module = GolfModule(tiny_gpt)
-    averaging.setup(fake_trainer()[0], module, "fit")
-    with pytest.warns(UserWarning, match=r"averaging\.swa was never updated.*raw weights"):
-        averaging.on_train_end(None, module)
-    weights = averaging.source_weights(module)
-    for name, parameter in module.gpt.named_parameters():
-        assert weights[name].data_ptr() == parameter.data_ptr()
-    assert acted(averaging) == {"swa": (0, None)}
 
 
 def test_the_horizon_is_a_share_of_the_expected_steps():
@@ -335,55 +296,3 @@ def test_resuming_training_goes_on_from_the_raw_weights(tiny_gpt):
         trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
         averaging.on_load_checkpoint(trainer, module, checkpoint)
         assert bool((module.gpt.tok_emb.weight == 0).all()) == is_raw
-
-
-def test_a_saved_average_that_is_off_now_is_dropped_with_a_warning(tiny_gpt):
-    module = GolfModule(tiny_gpt)
-    trainer, _ = fake_trainer()
-    both = WeightAveraging(EMAConfig(), SnapshotConfig())
-    both.setup(trainer, module, "fit")
-    both.on_train_start(trainer, module)
-    saved = both.state_dict()
-    only_swa = WeightAveraging(None, SnapshotConfig(), source="swa")
-    only_swa.setup(trainer, module, "fit")
-    with pytest.warns(UserWarning, match=r"ema average of 1 updates is dropped.*averaging\.ema is"):
-        only_swa.load_state_dict(saved)
-    assert set(only_swa.report()) == {"source", "swa"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same = WeightAveraging(EMAConfig(), SnapshotConfig())
-        same.setup(trainer, module, "fit")
-        same.load_state_dict(saved)
-    assert same.report() == both.report()
-
-
-def test_a_ring_needs_a_length():
-    with pytest.raises(ValueError, match=r"averaging\.last\.keep"):
-        WeightAveraging(last=SnapshotConfig())
-
-
-def test_an_average_that_is_off_cannot_be_scored():
-    with pytest.raises(ValueError, match=r"averaging\.score names swa but averaging\.swa is off"):
-        WeightAveraging(score=["ema", "swa"])
-
-
-@pytest.mark.parametrize("source", ["ema", "swa", "last"])
-def test_a_source_that_is_off_is_refused(source):
-    with pytest.raises(ValueError, match=f"source is {source}.*averaging.{source} is off"):
-        WeightAveraging(ema=None, swa=None, source=source)
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "name"),
-    [
-        (EMAConfig, {"decay": 1.0}, "decay"),
-        (EMAConfig, {"horizon_fraction": 0.0}, "horizon_fraction"),
-        (EMAConfig, {"start_fraction": 1.0}, "start_fraction"),
-        (SnapshotConfig, {"every_steps": 0}, "every_steps"),
-        (SnapshotConfig, {"start_scale": 0.0}, "start_scale"),
-        (SnapshotConfig, {"keep": 0}, "keep"),
-    ],
-)
-def test_bad_settings_are_refused(config, settings, name):
-    with pytest.raises(ValueError, match=name):
-        config(**settings)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pgl.evaluate import BitsPerByte
+from pgl.evaluate import BitsPerByte, RunningBPB
 
 
 def batch(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,3 +125,15 @@ def test_copies_are_independent(small_table):
         twin.update(*batch(10, seed=1))
         assert int(twin.num_tokens) == 20
     assert int(metric.num_tokens) == 10
+
+
+def test_the_running_score_is_one_batch_late(small_table):
+    metric = BitsPerByte(small_table)
+    running = RunningBPB(metric)
+    metric.update(*batch(50, seed=1))
+    assert math.isnan(running.read())
+    after_one = float(metric.compute()["bpb"])
+    metric.update(*batch(50, seed=2))
+    metric._computed = None
+    after_two = float(metric.compute()["bpb"])
+    assert [running.read(), running.read()] == pytest.approx([after_one, after_two], rel=1e-12)

@@ -103,3 +103,12 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         ByteTable.from_tokenizer(path, 1024)
+
+
+def test_a_piece_counts_its_bytes_not_its_characters(train_tokenizer):
+    processor = train_tokenizer(["naïve café, naïve café " * 3] * 20, vocab_size=285)
+    counted = ByteTable.from_tokenizer(processor, processor.vocab_size()).base_bytes_V
+    pieces = [processor.id_to_piece(token) for token in range(260, processor.vocab_size())]
+    assert any(not piece.isascii() and "é" in piece for piece in pieces)
+    expected = [len(piece.removeprefix("\u2581").encode()) for piece in pieces]
+    assert counted[260:].tolist() == expected

@@ -9,7 +9,9 @@ from pgl.evaluate import (
     TTTConfig,
     WindowLoader,
     evaluate_windows,
+    score_batch,
     score_first_ttt,
+    token_losses,
     train_on_all,
 )
 
@@ -35,15 +37,28 @@ class RecordingMetric(BitsPerByte):
         return nats
 
 
-def sliding_scores(gpt, table, tokens) -> np.ndarray:
+def of_targets(tokens: np.ndarray):
+    """Scores windows of any text as if these were its targets: only what is read may differ."""
+    tokens_N = torch.from_numpy(tokens.astype(np.int32))
+
+    def score(gpt, batch):
+        index_BS = batch.start_B[:, None] + 1 + torch.arange(SEQ_LEN)
+        targets_BS = tokens_N[index_BS.clamp(max=len(tokens) - 1)]
+        return score_batch(
+            gpt, batch, lambda gpt, ids, _, last: token_losses(gpt, ids, targets_BS, last)
+        )
+
+    return score
+
+
+def sliding_scores(gpt, table, tokens, targets=None) -> np.ndarray:
     metric = RecordingMetric(table)
-    evaluate_windows(
-        gpt, WindowLoader(tokens, seq_len=SEQ_LEN, stride=STRIDE, batch_windows=4), metric
-    )
+    loader = WindowLoader(tokens, seq_len=SEQ_LEN, stride=STRIDE, batch_windows=4)
+    evaluate_windows(gpt, loader, metric, score=of_targets(tokens if targets is None else targets))
     return metric.nats_of_targets(tokens)
 
 
-def ttt_scores(gpt, table, tokens, on_chunk=None) -> np.ndarray:
+def ttt_scores(gpt, table, tokens, targets=None, on_chunk=None) -> np.ndarray:
     metric = RecordingMetric(table)
     score_first_ttt(
         gpt,
@@ -54,6 +69,7 @@ def ttt_scores(gpt, table, tokens, on_chunk=None) -> np.ndarray:
         stride=STRIDE,
         batch_windows=4,
         on_chunk=on_chunk,
+        score=of_targets(tokens if targets is None else targets),
     )
     return metric.nats_of_targets(tokens)
 
@@ -67,20 +83,44 @@ def perturbed(tokens: np.ndarray, first: int) -> np.ndarray:
 
 
 def assert_same_before(after: np.ndarray, before: np.ndarray, first: int) -> None:
-    # Target i is token i + 1; those before token `first` may not notice.
-    np.testing.assert_allclose(after[: first - 1], before[: first - 1], rtol=0, atol=1e-6)
-    assert (np.abs(after[first - 1 :] - before[first - 1 :]) > 1e-3).any()
+    # Target i is scored by what reads tokens up to i, and is token i + 1: a model that reads one
+    # token too many knows of the change when it scores target first - 1.
+    np.testing.assert_allclose(after[:first], before[:first], rtol=0, atol=1e-6)
+    assert (np.abs(after[first:] - before[first:]) > 1e-3).any()
 
 
-@pytest.mark.parametrize("first", [1, 2, 15, 16, 17, 40, 77, 119])
+@pytest.mark.parametrize("first", [1, 2, 15, 16, 17, 40, 77, 118])
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_no_score_depends_on_a_later_token(make_gpt, small_table, stream, first, document_mask):
     gpt, tokens = make_gpt(document_mask=document_mask), stream(NUM_TOKENS)
 
     before = sliding_scores(gpt, small_table, tokens)
-    after = sliding_scores(gpt, small_table, perturbed(tokens, first))
+    after = sliding_scores(gpt, small_table, perturbed(tokens, first), targets=tokens)
 
     assert_same_before(after, before, first)
+
+
+class ReadsItsTarget(torch.nn.Module):
+    """A mask that is off by one: a score is better if the next token read is its target."""
+
+    def __init__(self, gpt) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def token_losses(self, ids_BT, targets_BT, last=None):
+        nats_BT = self.gpt.token_losses(ids_BT, targets_BT)
+        hit_BT = torch.nn.functional.pad(ids_BT[:, 1:] == targets_BT[:, :-1], (0, 1))
+        return (nats_BT - 0.5 * hit_BT)[:, -(last or nats_BT.shape[1]) :]
+
+
+def test_a_model_that_reads_its_target_is_caught(make_gpt, small_table, stream):
+    gpt, tokens = ReadsItsTarget(make_gpt()), stream(NUM_TOKENS)
+
+    before = sliding_scores(gpt, small_table, tokens)
+    after = sliding_scores(gpt, small_table, perturbed(tokens, 40), targets=tokens)
+
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_same_before(after, before, 40)
 
 
 @pytest.mark.parametrize("first", [33, 36, 64, 66, 101])
@@ -88,7 +128,7 @@ def test_test_time_training_hears_nothing_from_the_future(make_gpt, small_table,
     tokens = stream(NUM_TOKENS)
 
     before = ttt_scores(make_gpt(), small_table, tokens)
-    after = ttt_scores(make_gpt(), small_table, perturbed(tokens, first))
+    after = ttt_scores(make_gpt(), small_table, perturbed(tokens, first), targets=tokens)
 
     assert_same_before(after, before, first)
 
@@ -141,7 +181,7 @@ def test_a_chunk_is_scored_before_any_weight_changes_because_of_it(make_gpt, sma
         chunks.append((gpt.calls, gpt.versions()))
         gpt.calls = []
 
-    ttt_scores(gpt, small_table, stream(NUM_TOKENS), end_of_chunk)
+    ttt_scores(gpt, small_table, stream(NUM_TOKENS), on_chunk=end_of_chunk)
 
     assert len(chunks) == 4
     for index, (calls, end) in enumerate(chunks):

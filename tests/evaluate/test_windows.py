@@ -91,3 +91,12 @@ def test_shards_are_contiguous_even_and_complete(count, world_size):
 def test_sizes_that_make_no_sense_are_refused(sizes, message, tail):
     with pytest.raises(ValueError, match=message):
         sliding_windows(*sizes, tail=tail)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=sizes, tail=st.sampled_from(["pr236", "pr324", "pr388"]))
+def test_no_window_scores_what_it_does_not_read(sizes, tail):
+    windows_W3 = sliding_windows(*sizes, tail=tail)
+    start_W, end_W, first_W = windows_W3.T
+    assert (start_W <= first_W).all()
+    assert (first_W < end_W).all()
