@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart ablate test test-slow test-gpu lint format clean
+.PHONY: help quickstart ablate test test-slow test-gpu mutation lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F: '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test-slow: $(READY)  ## the slow tests as well
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+mutation: $(READY)  ## does a test fail for each of a hundred single mistakes in the numeric cores?
+	$(BIN)/python tests/mutation/run.py
 
 lint: $(READY)  ## ruff: lint and format check
 	$(BIN)/ruff check .

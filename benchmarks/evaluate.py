@@ -10,6 +10,7 @@ take longest.
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 import torch
 import yaml
@@ -19,9 +20,9 @@ from timing import median_ms, wait
 from pgl.evaluate import (
     BitsPerByte,
     ByteTable,
+    CompiledScorer,
     ScoreMap,
     WindowLoader,
-    compiled_scorer,
     evaluate_windows,
     score_batch,
 )
@@ -71,6 +72,28 @@ def module_of_recipe(path: str, backend: str) -> GolfModule:
     return parser.instantiate(parsed).model
 
 
+def made_up_windows(
+    windows: int, options: argparse.Namespace, vocab_size: int, device: torch.device
+) -> WindowLoader:
+    """Return windows of random tokens: one that scores all of its targets, each other a stride."""
+    tokens = torch.randint(vocab_size, (options.seq_len + windows * options.stride + 1,))
+    return WindowLoader(
+        tokens,
+        seq_len=options.seq_len,
+        stride=options.stride,
+        batch_windows=options.batch_windows,
+        device=device,
+    )
+
+
+def print_slowest_kernels(run: Callable[[], None], count: int, device: torch.device) -> None:
+    with torch.profiler.profile(acc_events=True) as profile:
+        run()
+        wait(device)
+    sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=sort, row_limit=count))
+
+
 def main() -> None:
     options = options_of_command_line()
     module = module_of_recipe(options.config, options.backend)
@@ -79,18 +102,10 @@ def main() -> None:
     gpt = module.gpt.to(device).eval()
     gpt.prepare(device)
     metric = BitsPerByte(made_up_table(config.vocab_size))
-    score = score_batch if options.eager or not module.compile_model else compiled_scorer()
+    score = score_batch if options.eager or not module.compile_model else CompiledScorer()
 
     def loader(windows: int) -> WindowLoader:
-        # The first window scores all of its targets, each other one `stride`.
-        tokens = torch.randint(config.vocab_size, (options.seq_len + windows * options.stride + 1,))
-        return WindowLoader(
-            tokens,
-            seq_len=options.seq_len,
-            stride=options.stride,
-            batch_windows=options.batch_windows,
-            device=device,
-        )
+        return made_up_windows(windows, options, config.vocab_size, device)
 
     def evaluate(windows: WindowLoader) -> None:
         score_map = ScoreMap(windows.num_targets, windows.seq_len, device)
@@ -114,11 +129,7 @@ def main() -> None:
     ms, spread_ms = median_ms(lambda: evaluate(timed), options.repeats, device)
     if options.top:
         one_batch = loader(first.batch_windows)
-        with torch.profiler.profile(acc_events=True) as profile:
-            evaluate(one_batch)
-            wait(device)
-        sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=sort, row_limit=options.top))
+        print_slowest_kernels(lambda: evaluate(one_batch), options.top, device)
     per_second = (options.windows + 1) / ms * 1e3
     floor_per_second = PEAK_FLOPS / window_flops(config, options.seq_len, options.stride)
     print(

@@ -1,6 +1,7 @@
 """What GPTQ is calibrated on: training tokens, or text that the model writes itself."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import lightning.pytorch as pl
@@ -27,6 +28,16 @@ SAMPLE_BATCH_SEQUENCES = 64
 BACKWARD_SEQUENCES = 8  # a pass keeps the activations of all layers
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text that a calibration has read, as it was read."""
+
+    read: Literal["training tokens", "samples"]
+    """Tokens of the training shards, or text that the model wrote."""
+    tokens_BT1: Tensor
+    """This rank's sequences and the token after each, (sequences, T + 1) ids."""
+
+
 def counts_as_training(source: CalibrationSource) -> bool:
     """Tell whether the time that calibration takes is part of the training budget."""
     return source == "training"
@@ -37,6 +48,11 @@ def record_legal(source: CalibrationSource) -> bool:
     return source != "training_after_budget"
 
 
+def sampling_tokens(num_sequences: int, length: int) -> int:
+    """Return the tokens of forward pass that writing samples takes: each reads all before it."""
+    return num_sequences * length * (length + 1) // 2
+
+
 def calibrate(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -44,8 +60,8 @@ def calibrate(
     source: CalibrationSource,
     num_sequences: int,
     with_energies: bool,
-) -> Calibration:
-    """Return what the sequences say about each linear layer, the same on all ranks.
+) -> tuple[Calibration, CalibrationText]:
+    """Return what the sequences say about each linear layer, the same on all ranks, and them.
 
     The ranks share the sequences out. Neither kind of calibration touches the validation tokens.
 
@@ -64,7 +80,8 @@ def calibrate(
         pl_module.with_weights(weights),
         trainer.precision_plugin.val_step_context(),
     ):
-        tokens_BT1 = _sequences(trainer, pl_module, source, num_sequences)
+        text = _sequences(trainer, pl_module, source, num_sequences)
+        tokens_BT1 = text.tokens_BT1
         batches = tokens_BT1.split(layout.sequences)
         with track(trainer, "calibrate", len(batches)) as advance:
             hessians = collect_hessians(
@@ -86,22 +103,22 @@ def calibrate(
     if trainer.world_size > 1:
         average_over_ranks(hessians)
         average_energies_over_ranks(energies)
-    return Calibration(hessians, energies)
+    return Calibration(hessians, energies), text
 
 
 def _sequences(
     trainer: pl.Trainer, pl_module: pl.LightningModule, source: CalibrationSource, count: int
-) -> Tensor:
-    """Return this rank's sequences and the token after each, (sequences, T + 1) ids."""
+) -> CalibrationText:
+    """Return this rank's sequences."""
     data = trainer.datamodule
     layout = data.calibration_layout(count)
     if source == "samples":
-        return _sampled(trainer, pl_module, count)
+        return CalibrationText("samples", _sampled(trainer, pl_module, count))
     micro_batches = [
         layout.read_micro_batch(data.stream, 0, index).astype("int32")
         for index in range(layout.accumulate)
     ]
-    return torch.from_numpy(np.concatenate(micro_batches))
+    return CalibrationText("training tokens", torch.from_numpy(np.concatenate(micro_batches)))
 
 
 def _sampled(trainer: pl.Trainer, pl_module: pl.LightningModule, num_sequences: int) -> Tensor:

@@ -1,6 +1,6 @@
 """From trained weights to one file that fits the limit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from callbacks.calibration import (
     calibrate,
     counts_as_training,
     record_legal,
+    sampling_tokens,
 )
 from callbacks.find import find_callback
 from callbacks.progress import print_lines, track
@@ -25,8 +26,8 @@ from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
 from pgl.artifact import GroupSize, Packed, SizeReport, fit_to_limit, load, pack_model
 from pgl.artifact.codecs import check_codec
-from pgl.artifact.fit import Attempt
-from pgl.collectives import on_rank_zero
+from pgl.artifact.fit import Attempt, Fit
+from pgl.collectives import led_by_rank_zero, on_rank_zero
 from pgl.quant import (
     QuantConfig,
     QuantizationError,
@@ -35,8 +36,10 @@ from pgl.quant import (
     errors_by_group,
     quantization_errors,
 )
+from pgl.quant.errors import sum_errors
 
 FILE_NAME = "model.pgl"
+SAMPLED_SEQUENCES = 64  # more of them are warned of: their cost, not their use, was measured
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class GPTQExport(Callback):
             part of the budget that :class:`callbacks.WallClockBudget`'s ``reserve_seconds`` keeps.
             "samples": sequences that the model writes. "training_after_budget": training sequences
             on no budget, as PR #703 did, which the challenge does not allow.
-        calibration_sequences: Sequences of ``data.seq_len`` tokens that calibrate GPTQ.
+        calibration_sequences: Sequences of ``data.seq_len`` tokens that calibrate GPTQ. Samples of
+            length T cost T / 2 tokens of forward pass for each of their tokens.
         file_name: Name of the artifact in the run's folder.
 
     Raises:
@@ -131,6 +135,9 @@ class GPTQExport(Callback):
         self.calibration_sequences = calibration_sequences
         self.file_name = file_name
         self.exported: Exported | None = None
+        self.calibrated: dict[str, Any] | None = None
+        """What the last calibration read, and whether the clock counted it; None if there was none.
+        """
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -144,6 +151,13 @@ class GPTQExport(Callback):
                 "GPTQ will read training tokens after the budget is spent, which the challenge "
                 "does not allow: set artifact.calibration to samples, or to training with "
                 "budget.reserve_seconds set to what calibration takes"
+            )
+        if self.calibration == "samples" and self.calibration_sequences > SAMPLED_SEQUENCES:
+            tokens = sampling_tokens(self.calibration_sequences, trainer.datamodule.seq_len)
+            rank_zero_warn(
+                f"writing {self.calibration_sequences:,} calibration samples takes {tokens:,} "
+                "tokens of forward pass, as sampling has no cache: set "
+                f"artifact.calibration_sequences to {SAMPLED_SEQUENCES}"
             )
 
     @override
@@ -164,6 +178,7 @@ class GPTQExport(Callback):
         pl_module: pl.LightningModule,
         weights: Mapping[str, Tensor],
         path: Path,
+        in_budget: bool = True,
     ) -> Exported:
         """Calibrate, quantise, pack, write and read back. All ranks call it, all get the result.
 
@@ -172,15 +187,23 @@ class GPTQExport(Callback):
             pl_module: The module whose GPT is exported.
             weights: The GPT's weights by name.
             path: Where the artifact goes.
+            in_budget: Whether a training clock runs that can count the calibration.
 
         Raises:
             ArtifactTooLarge: If the file would exceed the limit with every code zero.
         """
         phases = find_callback(trainer, WallClockBudget).phases
-        calibration = None
+        calibration = self.calibrated = None
         if self.quant.needs_hessians():
-            with phases.measure("calibrate", counts=counts_as_training(self.calibration)):
-                calibration = calibrate(
+            if not in_budget and self.calibration != "samples":
+                rank_zero_warn(
+                    "GPTQ reads training tokens while no training budget runs, which the challenge "
+                    "does not allow: set artifact.calibration to samples"
+                )
+            counted = in_budget and counts_as_training(self.calibration)
+            phase = "calibrate" if in_budget else "calibrate on no clock"
+            with phases.measure(phase, counts=counted):
+                calibration, text = calibrate(
                     trainer,
                     pl_module,
                     weights,
@@ -190,6 +213,11 @@ class GPTQExport(Callback):
                 )
                 if pl_module.device.type == "cuda":
                     torch.cuda.synchronize(pl_module.device)
+            self.calibrated = {
+                "read": text.read,
+                "tokens_read_on_rank_0": text.tokens_BT1.numel(),
+                "counted": counted,
+            }
         packs: list[Packed] = []  # rank 0's alone
 
         def quantise(step_factor: float) -> Mapping[str, StoredTensor]:
@@ -200,15 +228,17 @@ class GPTQExport(Callback):
 
         def pack(stored: Mapping[str, StoredTensor]) -> int:
             with phases.measure("pack"):
-                return on_rank_zero(
-                    trainer.strategy, lambda: self._pack(trainer, pl_module, stored, packs)
-                )
+                return self._pack(trainer, pl_module, stored, packs)
+
+        def search(quantise: Callable[[float], Mapping[str, StoredTensor]]) -> Fit:
+            return fit_to_limit(quantise, pack, self.limit_bytes, refine=self.search == "step")
 
         with phases.measure("quantise"):
             quantizer = StateQuantizer(weights, self.quant, calibration, pl_module.device)
-        fit = fit_to_limit(quantise, pack, self.limit_bytes, refine=self.search == "step")
+        fit = led_by_rank_zero(trainer.strategy, quantise, search)
 
         def write() -> Exported:
+            assert fit is not None
             size = packs[fit.chosen].write(path)
             with phases.measure("measure errors"):
                 hessians = calibration.hessians if calibration is not None else None
@@ -233,6 +263,7 @@ class GPTQExport(Callback):
             return {}
         exported, size = self.exported, self.exported.size
         group_errors = exported.group_errors()
+        output_error = sum_errors(list(exported.errors.values())).output_relative
         return {
             "file": exported.path.name,
             "codec": self.codec,
@@ -243,6 +274,8 @@ class GPTQExport(Callback):
             "container_bytes": size.overhead_bytes,
             "search": self.search,
             "step_factor": exported.step_factor,
+            # Weighted with the inputs' Hessians, over all matrices that have one.
+            "output_error": None if output_error is None else round(output_error, 6),
             "attempts": [asdict(attempt) for attempt in exported.attempts],
             "calibration": self._calibration_report(),
             "groups": [_group_row(group, group_errors.get(group.name)) for group in size.groups],
@@ -257,7 +290,10 @@ class GPTQExport(Callback):
         return {
             "source": self.calibration,
             "sequences": self.calibration_sequences,
-            "record_legal": record_legal(self.calibration),
+            "record_legal": record_legal(self.calibration)
+            if self.calibrated is None
+            else self.calibrated["counted"] or self.calibrated["read"] == "samples",
+            **(self.calibrated or {}),
         }
 
     def _pack(
@@ -293,6 +329,7 @@ class GPTQExport(Callback):
             "tokenizer_sha256": trainer.datamodule.tokenizer_sha256,
             "training_steps": trainer.global_step,
             "training_seconds": round(find_callback(trainer, WallClockBudget).elapsed, 3),
+            "calibration": self._calibration_report(),
         }
 
 

@@ -138,7 +138,9 @@ class BudgetProgress(ProgressBar):
     def print_lines(self, text: str) -> None:
         """Print text without tearing the bars."""
         if self._enabled:
-            self._console.print(text, markup=False, highlight=False)
+            # Lines of a file or a pipe have no width: a table stays as it is.
+            whole = not self._console.is_terminal
+            self._console.print(text, markup=False, highlight=False, soft_wrap=whole)
 
     @contextmanager
     def track(self, description: str, total: float) -> Iterator[Advance]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from callbacks.find import find_callback, optional_callback
+from callbacks.find import find_callback, optional_callback, require_behind
 from callbacks.gptq_export import GPTQExport
 from callbacks.wall_clock_budget import WallClockBudget
 from pgl.model.linear import set_fake_quantization
@@ -45,7 +45,8 @@ class QuantizationAwareTraining(Callback):
         layers: How many bits each group of layers gets.
 
     Raises:
-        ValueError: If the threshold is out of range, or no group has bits.
+        ValueError: If the threshold is out of range, no group has bits, or the budget comes later
+            among the Trainer's callbacks.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class QuantizationAwareTraining(Callback):
         """Called when fit begins: refuse a threshold out of reach, compare with the export."""
         if stage != "fit" or self.start == "never":
             return
+        require_behind(trainer, self, WallClockBudget)
         if self.start == "late":
             self._check_within_reach(trainer, pl_module)
         exporter = optional_callback(trainer, GPTQExport)

@@ -72,9 +72,12 @@ def _training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[s
         if budget.mile_end_step is not None:
             acted += f" until step {budget.mile_end_step:,}"
         rows.append(_row("MiLe loss", pl_module.loss_config.mile_gamma, acted))
-    for name, state in find_callback(trainer, WeightAveraging).report().items():
+    averaging = find_callback(trainer, WeightAveraging)
+    for name, state in averaging.report().items():
         if isinstance(state, dict):
             acted = f"{state['updates']:,} updates, {_since(state['first_update_step'])}"
+            if state["updates"] and not averaging.is_usable(name):
+                acted += ", too few: never"
             rows.append(_row(f"weight averaging: {name}", state["setting"], acted))
     return rows
 
@@ -127,7 +130,10 @@ def _export(trainer: pl.Trainer) -> list[dict[str, str]]:
             if tensor_group(name, weight.ndim) in groups
             and storage_kind(name, weight.shape, quant).startswith("int")
         ]
-        setting = f"{', '.join(groups)}; {exporter.calibration_sequences:,} calibration sequences"
+        setting = (
+            f"{', '.join(groups)}; steps {quant.gptq.steps}; search {exporter.search}; "
+            f"{exporter.calibration_sequences:,} calibration sequences"
+        )
         rows.append(_row("GPTQ", setting, _matrices(len(coded))))
     if quant.prune_fraction > 0:
         pruned = [w for w in matrices.values() if w.numel() >= quant.prune_min_numel]

@@ -214,11 +214,12 @@ class WallClockBudget(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the time used so far."""
+        """Return the time used so far, and what happened in it."""
         return {
             "phases": self.phases.state_dict(),
             "warmdown_start_step": self.warmdown_start_step,
             "mile_end_step": self.mile_end_step,
+            "graphs_compiled": self.graphs_compiled,
         }
 
     @override
@@ -227,6 +228,7 @@ class WallClockBudget(Callback):
         self.phases.load_state_dict(state_dict["phases"])
         self.warmdown_start_step = state_dict["warmdown_start_step"]
         self.mile_end_step = state_dict["mile_end_step"]
+        self.graphs_compiled = state_dict.get("graphs_compiled", 0)
 
     def pause(self, phase: str, pl_module: pl.LightningModule) -> None:
         """Stop counting; what follows is booked under ``phase``."""

@@ -11,9 +11,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.find import find_callback
+from callbacks.find import find_callback, require_behind
 from callbacks.wall_clock_budget import WallClockBudget
-from pgl.average_config import Average, EMAConfig, SnapshotConfig, ema_decay, make_average
+from pgl.average_config import (
+    Average,
+    EMAConfig,
+    SnapshotConfig,
+    ema_decay,
+    make_average,
+    smallest_count,
+)
 from pgl.averaging import ExponentialAverage
 from pgl.evaluate import BitsPerByte, evaluate_windows
 from pgl.optim import Progress, intervals_done, swa_due
@@ -23,6 +30,8 @@ Source = Literal["raw", "ema", "swa", "last"]
 
 NAMES: tuple[AverageName, ...] = get_args(AverageName)
 INITIAL_SHARE_WARNED_OF = 0.05
+EARLY_FRACTION = 0.1
+"""Share of the run in which an EMA's first weights count as those that training began with."""
 
 
 class WeightAveraging(Callback):
@@ -35,8 +44,12 @@ class WeightAveraging(Callback):
 
     Note:
         An average that was asked for and never updated is reported and warned about; the raw
-        weights are exported then, never the initial ones. An EMA that still holds more than 5 % of
-        the initial weights when training ends is warned about as well.
+        weights are exported then, never the initial ones. So it is with a mean of one snapshot
+        (PRs #236 and #388), unless ``keep`` is 1. An EMA that still holds more than 5 % of the
+        initial weights when training ends is warned about as well.
+
+    Note:
+        It belongs behind the budget, whose progress it follows.
 
     Note:
         Numbers of steps and the EMA's decay are those of the full recipe; ``budget.step_scale``
@@ -56,7 +69,8 @@ class WeightAveraging(Callback):
         device: Where averages are kept: with the weights, or in the host's memory.
 
     Raises:
-        ValueError: If the source or a scored average is off, or ``last`` has no ``keep``.
+        ValueError: If the source or a scored average is off, ``last`` has no ``keep``, or the
+            budget comes later among the Trainer's callbacks.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class WeightAveraging(Callback):
         """Called when fit begins: make the averages, empty."""
         if stage != "fit":
             return
+        require_behind(trainer, self, WallClockBudget)
         step_scale = find_callback(trainer, WallClockBudget).step_scale
         device = "cpu" if self.device == "cpu" else None
         for name in NAMES:
@@ -142,7 +157,7 @@ class WeightAveraging(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         for name in NAMES if self.score is True else self.score or ():
-            if name in self.averages and self.averages[name].count > 0:
+            if self.is_usable(name):
                 bpb = self._score(trainer, pl_module, name)
                 # Every rank has the sum of all ranks: the mean is the value itself.
                 pl_module.log(f"val/bpb_{name}", bpb, sync_dist=True)
@@ -156,11 +171,18 @@ class WeightAveraging(Callback):
                     f"averaging.{name} was never updated: the run ended before its start condition "
                     "was met, so the raw weights stand in for it"
                 )
-        share = self._initial_share()
+            elif not self.is_usable(name):
+                rank_zero_warn(
+                    f"averaging.{name} took a single snapshot, which averages nothing, so the raw "
+                    f"weights stand in for it: set averaging.{name} to a smaller distance of "
+                    "snapshots or a larger start_scale"
+                )
+        share = self._initial_share(trainer)
         if share > INITIAL_SHARE_WARNED_OF:
             rank_zero_warn(
                 f"averaging.ema still holds {share:.0%} of the weights that training began with: "
-                "set budget.step_scale, averaging.ema.horizon_fraction or a smaller decay"
+                "set budget.step_scale, an averaging.ema.horizon_fraction of at most 0.3, or a "
+                "smaller averaging.ema.decay"
             )
 
     @override
@@ -212,17 +234,21 @@ class WeightAveraging(Callback):
     def weights(self, pl_module: pl.LightningModule, source: Source) -> Mapping[str, Tensor]:
         """Return the GPT's weights by name: those of an average, or the raw ones.
 
-        Averages come in each parameter's own dtype. An average without updates gives the raw
+        Averages come in each parameter's own dtype. An average that is not usable gives the raw
         weights.
         """
         raw = dict(pl_module.gpt.named_parameters())
-        average = self.averages.get(source)
-        if average is None or average.count == 0:
+        if not self.is_usable(source):
             return {name: weight.detach() for name, weight in raw.items()}
         return {
             name: weight.to(raw[name].device, raw[name].dtype)
-            for name, weight in average.average().items()
+            for name, weight in self.averages[source].average().items()
         }
+
+    def is_usable(self, name: str) -> bool:
+        """Return whether an average is kept and has enough updates to stand for the model."""
+        average = self.averages.get(name)
+        return average is not None and average.count >= smallest_count(self.configs[name])
 
     def source_weights(self, pl_module: pl.LightningModule) -> Mapping[str, Tensor]:
         """Return the weights that are exported."""
@@ -283,9 +309,12 @@ class WeightAveraging(Callback):
             )
         return result["bpb"]
 
-    def _initial_share(self) -> float:
+    def _initial_share(self, trainer: pl.Trainer) -> float:
         """Return how much of the EMA is still the weights that training began with."""
         config, started = self.configs.get("ema"), self.first_update_step.get("ema")
-        if not isinstance(config, EMAConfig) or config.horizon_fraction or started != 0:
+        if not isinstance(config, EMAConfig) or started is None:
             return 0.0
-        return config.decay ** (self.averages["ema"].count - 1)
+        progress = find_callback(trainer, WallClockBudget).progress
+        if started > max(1, EARLY_FRACTION * progress.step):
+            return 0.0
+        return ema_decay(progress, config) ** (self.averages["ema"].count - 1)

@@ -101,6 +101,15 @@ def make_average(config: EMAConfig | SnapshotConfig, device: str | None) -> Aver
     return LastAverage(config.keep, device=device)
 
 
+def smallest_count(config: EMAConfig | SnapshotConfig) -> int:
+    """Return the updates from which on an average may stand for the model.
+
+    The mean of one snapshot is that snapshot, older than the last weights: PRs #236 and #388 keep
+    the last weights then. Who keeps one snapshot only (``keep`` 1) has asked for it.
+    """
+    return 1 if isinstance(config, EMAConfig) or config.keep == 1 else 2
+
+
 def ema_decay(progress: Progress, config: EMAConfig) -> float:
     """Return the decay of one EMA update.
 

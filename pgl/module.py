@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+import pgl
 from pgl.distributed import ParallelMuonStrategy
 from pgl.evaluate import (
     BatchScores,
     BitsPerByte,
     ByteTable,
+    CompiledScorer,
     RunningBPB,
     WindowBatch,
-    compiled_scorer,
     score_batch,
 )
 from pgl.generate import GenerationConfig, generate
@@ -42,6 +43,21 @@ from pgl.optim import (
 )
 
 CHECKPOINT_FORMAT = 1
+
+
+def check_format(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that a newer pgl wrote in another format.
+
+    Raises:
+        ValueError: Naming the version that wrote it, and the formats of both.
+    """
+    found = checkpoint.get("pgl_format", CHECKPOINT_FORMAT)
+    if not isinstance(found, int) or found > CHECKPOINT_FORMAT:
+        writer = str(checkpoint.get("pgl_version", "a newer version"))
+        raise ValueError(
+            f"the checkpoint was written by pgl {writer:.40} in format {found!s:.40}, this pgl "
+            f"{pgl.__version__} reads up to format {CHECKPOINT_FORMAT}: upgrade pgl"
+        )
 
 
 class GolfModule(pl.LightningModule):
@@ -115,7 +131,7 @@ class GolfModule(pl.LightningModule):
         self.gpt.prepare(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
             self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
-            self.score_batch = compiled_scorer()
+            self.score_batch = CompiledScorer()
 
     @override
     def training_step(self, tokens_ST1: Tensor, batch_idx: int) -> Tensor:
@@ -173,6 +189,7 @@ class GolfModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called before a checkpoint is written: add what rebuilds this module, as plain values."""
         checkpoint["pgl_format"] = CHECKPOINT_FORMAT
+        checkpoint["pgl_version"] = pgl.__version__
         checkpoint["hyper_parameters"] = {
             "_instantiator": "lightning.pytorch.cli.instantiate_module",
             **self.config(),
@@ -181,12 +198,7 @@ class GolfModule(pl.LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called before a checkpoint's state is restored."""
-        written_by = checkpoint.get("pgl_format", CHECKPOINT_FORMAT)
-        if written_by > CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"the checkpoint has format {written_by}, this pgl reads up to "
-                f"{CHECKPOINT_FORMAT}: upgrade pgl"
-            )
+        check_format(checkpoint)
         if self._trainer is None:
             return
         if "pgl_artifact" in checkpoint:
@@ -256,7 +268,8 @@ class GolfModule(pl.LightningModule):
         own_groups = parameter_groups(self.gpt.named_parameters(), self.optimizer_config)
         [optimizer] = checkpoint["optimizer_states"]
         for saved, own in zip(optimizer["param_groups"], own_groups, strict=False):
-            settings = {key: value for key, value in own.items() if key != "params"}
+            # What the groups are stays as it was saved: the optimizer refuses those of another.
+            settings = {k: v for k, v in own.items() if k not in ("params", "kind", "name")}
             saved.update(settings, initial_lr=own["lr"])
 
     def _align_batch_progress(self, checkpoint: dict[str, Any]) -> None:

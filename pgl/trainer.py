@@ -73,7 +73,9 @@ class GolfTrainer(pl.Trainer):
     ) -> None:
         """Make an artifact from a checkpoint, without training, on one device.
 
-        The artifact's metadata say how long the checkpoint was trained.
+        The artifact's metadata say how long the checkpoint was trained, and what calibrated GPTQ.
+        No training clock runs, so only samples may calibrate it in a record; anything else is
+        warned of.
 
         Args:
             model: The module that the checkpoint belongs to.
@@ -107,7 +109,7 @@ class GolfTrainer(pl.Trainer):
         datamodule.setup("fit")
         weights = self._averaged_weights(model, checkpoint, ckpt_path)
         exporter = find_callback(self, GPTQExport)
-        exporter.exported = exporter.export(self, model, weights, Path(out))
+        exporter.exported = exporter.export(self, model, weights, Path(out), in_budget=False)
         print(exporter.summary())
 
     def _averaged_weights(

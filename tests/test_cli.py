@@ -301,6 +301,7 @@ def test_every_subcommand_has_help_and_takes_the_quickstart(subcommand, capsys):
     text = capsys.readouterr().out
     assert "--ckpt_path" in text
     assert "--budget.seconds" in text
+    assert "Newton-Schulz iterations per step." in " ".join(text.split())
     ckpt = ["--ckpt_path=some.ckpt"] if subcommand == "export" else []
     config = printed(capsys, subcommand, *QUICKSTART, *ckpt)
     recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())

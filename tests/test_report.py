@@ -71,6 +71,17 @@ def test_the_summary_compares_with_xz():
     assert "2.0123 is NOT below the 1.9000" in summary(worse)
 
 
+def test_the_comparison_with_xz_is_of_the_last_legal_score():
+    report = copy.deepcopy(REPORT)
+    report["scores"].append(
+        {**REPORT["scores"][-1], "windows": "not legal", "bpb": 0.5, "legal": False}
+    )
+    assert "2.0123 is below the 2.4000" in summary(report)
+    assert "2.0123 is below the 2.4000" in to_markdown(report)
+    report["scores"] = report["scores"][-1:]
+    assert "xz -9e" not in summary(report)
+
+
 @pytest.mark.parametrize("key", ["artifact", "scores"])
 def test_a_report_without_a_part_is_still_a_report(key):
     partial = {**copy.deepcopy(REPORT), key: type(REPORT[key])()}

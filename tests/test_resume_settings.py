@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from callbacks import SlidingWindowBPB, WallClockBudget
 from pgl.artifact import load
@@ -29,6 +30,17 @@ def test_optimizer_settings_of_the_resumed_run_win(two_steps, golf_run, tiny_gpt
     assert groups["matrix"]["weight_decay"] == 0.0
     assert groups["matrix"]["decay_order"] == "after"
     assert groups["matrix"]["lr"] == pytest.approx(0.01 * resumed.module.lr_scale)
+
+
+@pytest.mark.parametrize("key", ["kind", "name"])
+def test_an_optimizer_with_other_groups_is_refused_when_resuming(two_steps, golf_run, key):
+    checkpoint = torch.load(two_steps.folder / "last.ckpt", weights_only=True)
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    groups[0][key] = {"kind": "muon", "name": "head"}[key]
+    other = two_steps.folder / "other.ckpt"
+    torch.save(checkpoint, other)
+    with pytest.raises(ValueError, match="load it with the model and routing it was made with"):
+        golf_run("more", ckpt_path=other)
 
 
 def test_other_data_settings_are_refused_when_resuming(two_steps, golf_run, tiny_corpus):

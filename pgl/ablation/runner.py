@@ -16,6 +16,7 @@ from typing import Any
 
 from pgl.ablation.trials import Trial
 from pgl.io import atomic_write
+from pgl.legality import final_score
 from pgl.reporting.read import CHECKPOINT, REPORT
 
 LOG, RECORD, LOCK = "log.txt", "trial.json", ".lock"
@@ -236,5 +237,5 @@ def _failure(job: Job, status: int) -> str | None:
 
 
 def _bpb(job: Job) -> str:
-    scores = json.loads((job.folder / REPORT).read_text())["scores"]
-    return f"{scores[-1]['bpb']:.6f} BPB" if scores else "no score"
+    score = final_score(json.loads((job.folder / REPORT).read_text())["scores"])
+    return "no score" if score is None else f"{score['bpb']:.6f} BPB"

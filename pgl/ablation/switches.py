@@ -214,7 +214,11 @@ _ALL = (
     Switch(
         "gptq",
         "GPTQ",
-        {f"artifact.quant.{group}.method": "round" for group in ("attention", "mlp")},
+        {f"artifact.quant.{group}.method": "round" for group in ("attention", "mlp")}
+        | {"artifact.quant.gptq.steps": "grid"},
+        on=lambda recipe: (
+            "gptq" in [recipe[f"artifact.quant.{group}.method"] for group in ("attention", "mlp")]
+        ),
     ),
     Switch("balanced_steps", None, {"artifact.quant.gptq.steps": "grid"}),
     Switch("scale_floor", None, _without_groups("grid.scale_floor", None)),

@@ -81,7 +81,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         if num_bytes > MAX_FILE_BYTES:
             raise ArtifactError(f"{path} is {num_bytes:,} bytes, too large for an artifact")
         with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES)
+            data = file.read(num_bytes)  # Python allocates what it is asked for, not what it gets
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     if not looks_like_artifact(data[:64]):
@@ -106,7 +106,7 @@ def unpack(data: bytes) -> tuple[bytes, dict[str, bytes]]:
             infos = archive.infolist()
             _check_members(infos)
             members = {
-                info.filename: archive.read(info)
+                info.filename: _read(archive, info)
                 for info in infos
                 if info.filename == MANIFEST or info.filename.startswith(WEIGHTS)
             }
@@ -118,6 +118,15 @@ def unpack(data: bytes) -> tuple[bytes, dict[str, bytes]]:
         raise ArtifactError(f"has no {MANIFEST}")
     manifest = members.pop(MANIFEST)
     return manifest, {name.removeprefix(WEIGHTS): stream for name, stream in members.items()}
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a member; a directory that lies about its size costs no more than that size."""
+    with archive.open(info) as file:
+        data = file.read(info.file_size + 1)
+    if len(data) != info.file_size:
+        raise ArtifactError(f"has a member of another size than it says: {info.filename!r:.80}")
+    return data
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes, method: int) -> None:
@@ -142,6 +151,9 @@ def _check_members(infos: list[zipfile.ZipInfo]) -> None:
         )
         if not is_known or "\\" in name:
             raise ArtifactError(f"has a member that no artifact has: {name!r:.80}")
+        # Python inflates what other methods hold without a bound.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArtifactError(f"has a member that is neither stored nor deflated: {name!r:.80}")
         if name.startswith(WEIGHTS) and (
             info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
         ):

@@ -47,8 +47,14 @@ def encode(data: bytes, layout: Layout) -> bytes:
     Args:
         data: The codes of all matrices, row by row.
         layout: Their shapes.
+
+    Raises:
+        ValueError: The matrices of the layout do not have as many codes as there are.
     """
     codes_N = np.frombuffer(data, dtype=np.int8)
+    num_codes = sum(rows * columns for rows, columns in layout)
+    if num_codes != codes_N.size:
+        raise ValueError(f"{codes_N.size} codes do not fill a layout of {num_codes}")
     if not codes_N.size:
         return b""
     low = int(codes_N.min())

@@ -1,13 +1,18 @@
 """A model that fits its limit by construction: search for the finest steps whose file does.
 
-With entropy coding a uniform step spends bits where they buy the most, so one number, the factor
-of all steps, trades error against size, both monotonously. The entropy of the codes tells how the
-size changes from one factor to the next; only the length of a file that was really packed counts.
+What is minimised is the factor of all steps, subject to the length of the file; the error of the
+weights, and of the outputs, goes with it. One number is enough with balanced steps: there a bit
+saved in any row costs the same loss, which is the condition for the least loss at a given size
+(Lagrange), and multiplying all steps by one factor keeps it. On the grid's own steps the condition
+does not hold, and the search finds no more than the finest common factor. The loss itself is not
+evaluated. The entropy of the codes tells how the size changes from one factor to the next; only the
+length of a file that was really packed counts. Neither need be monotonous in the factor to the last
+byte, so the result is the finest of the files that were packed and fit, not a proven optimum.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +25,8 @@ MAX_PACKS = 6
 MAX_GUESSES = 4  # quantisations between two packs
 SPARE_SHARE = 1 / 4000  # of the limit, which the search leaves unused rather than pack again
 MIN_SPARE_BYTES = 64
-MAX_OCTAVES = 12.0  # beyond them all codes are zero
+MIN_SLOPE_OCTAVES = 0.02  # over less the rounding of steps to float16 hides the slope
+MAX_OCTAVES = 12.0  # beyond them few codes are not zero, if any
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ def fit_to_limit(
     limit_bytes: int | None,
     refine: bool,
 ) -> Fit:
-    """Find the factor of the steps for which the packed file is as large as may be.
+    """Find the least factor of all steps whose packed file is within the limit.
+
+    With `refine` the search ends when a file leaves at most 1/4000 of the limit unused (64 bytes if
+    that is more), and after six files in any case. If even the coarsest steps do not fit, the last
+    file has all codes zero.
 
     Args:
         quantise: Makes the stored tensors with all steps multiplied by a factor.
@@ -93,6 +103,10 @@ def fit_to_limit(
     while search.best is None:
         last = search.attempts[-1]
         if last.step_factor >= 2**MAX_OCTAVES:
+            search.attempt(last.step_factor, _zeroed(search.stored))
+            last = search.attempts[-1]
+            if search.best is not None:
+                break
             raise ArtifactTooLarge(
                 f"the artifact is {last.total_bytes:,} bytes with every code zero, "
                 f"{last.total_bytes - limit_bytes:,} more than the limit of {limit_bytes:,}: make "
@@ -101,6 +115,16 @@ def fit_to_limit(
         factor = min(2 * last.step_factor, 2**MAX_OCTAVES)
         search.attempt(factor, quantise(factor))
     return search.result()
+
+
+def _zeroed(stored: Stored) -> Stored:
+    """Return tensors with every code zero."""
+    return {
+        name: tensor
+        if tensor.scale_R is None
+        else replace(tensor, data=torch.zeros_like(tensor.data))
+        for name, tensor in stored.items()
+    }
 
 
 class _Search:
@@ -131,7 +155,7 @@ class _Search:
         """Return the entropy whose file has a length, from the files that were packed so far."""
         last, entropy = self.attempts[-1].total_bytes, self.entropies[-1]
         packed_share = 1.0  # bytes of file for a byte of entropy: codecs know more than one matrix
-        if len(self.attempts) > 1 and entropy != self.entropies[-2]:
+        if len(self.attempts) > 1 and abs(entropy - self.entropies[-2]) > entropy / 200:
             share = (last - self.attempts[-2].total_bytes) / (entropy - self.entropies[-2])
             packed_share = min(max(share, 0.7), 1.5)
         return entropy + (total_bytes - last) / packed_share
@@ -156,7 +180,7 @@ class _Search:
                 break
             stored = self.quantise(2**guess)
             guess_bytes = code_bytes(stored)
-            if guess_bytes != found_bytes:
+            if abs(guess - octaves) >= MIN_SLOPE_OCTAVES:
                 slope = min((guess_bytes - found_bytes) / (guess - octaves), -num_codes / 800)
             octaves, found_bytes = guess, guess_bytes
         return 2**octaves, stored

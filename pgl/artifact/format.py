@@ -25,7 +25,7 @@ from pgl.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
-from pgl.artifact.size import SizeReport, measure
+from pgl.artifact.size import SizeReport, measure, order0_bytes
 from pgl.artifact.source import code_only, source_files
 from pgl.artifact.streams import code_layout, from_streams, make_table, plan_streams, to_streams
 from pgl.io import atomic_write
@@ -119,7 +119,8 @@ def pack_model(
         on_progress(len(raw[name]) / raw_bytes)
     manifest = write_manifest(config, table, records, metadata or {})
     archive = pack(manifest, _main_source(), packed, source_files())
-    return Packed(archive.data, measure(archive, table, records, limit_bytes))
+    order0 = {name: order0_bytes(data) for name, data in raw.items()}
+    return Packed(archive.data, measure(archive, table, records, limit_bytes, order0))
 
 
 def save(

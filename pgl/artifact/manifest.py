@@ -16,7 +16,8 @@ from pgl.quant.stored import CODE_KINDS, DTYPES
 FORMAT = "parameter-golf-artifact"
 VERSION = 1
 MAX_TENSORS = 16_384
-MAX_PARAMETERS = 1 << 30
+MAX_PARAMETERS = 1 << 27
+TENSORS_PER_LAYER = 6  # four projections of attention, two of the MLP; a layer has more
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def check_table(table: Sequence[TableEntry], config: GPTConfig) -> None:
     Raises:
         ArtifactError: A tensor is missing, unexpected or of another shape.
     """
-    # A layer has several tensors, so this bounds the time to build the model on the meta device.
-    if config.num_layers > len(table):
+    # This bounds the time to build the model on the meta device.
+    if config.num_layers * TENSORS_PER_LAYER > len(table):
         raise ArtifactError(
             f"has {len(table)} tensors, too few for a model of {config.num_layers} layers"
         )

@@ -1,7 +1,7 @@
 """rANS with many interleaved states, so that numpy codes one symbol of every lane at a time.
 
 Duda, arXiv:1311.2540. Symbol i belongs to lane i mod L and step i // L. 26 million symbols take
-about a second on one core, either way.
+half a second to decode on one core, short streams less than 0.1 s.
 
 Shape legend: K classes, S symbols, L lanes, N symbols of a stream.
 """
@@ -16,8 +16,11 @@ from pgl.artifact.errors import CodecError
 PRECISION_BITS = 14
 TOTAL = 1 << PRECISION_BITS
 STATE_START = 1 << 16  # states live in [2**16, 2**32): they grow and shrink by 16-bit words
-MAX_LANES = 1024
-STEPS_PER_LANE = 16_384
+# A step costs the same time however many lanes it has, a lane 3 bytes (measured). A stream of
+# 13.6 million codes of 6.3 MB is 0.06 % longer than with 1,024 lanes; one of 131,072 codes decodes
+# in 0.05 s where 16,384 steps took 0.3 s, and is 0.3 % longer.
+MAX_LANES = 2048
+STEPS_PER_LANE = 2048
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Tables:
 
 
 def num_lanes_for(num_codes: int) -> int:
-    """Number of lanes of a stream: each costs 6 bytes, and each step the same time."""
+    """Number of lanes of a stream: each costs 3 bytes, and each step the same time."""
     return min(max(num_codes // STEPS_PER_LANE, 1), MAX_LANES)
 
 

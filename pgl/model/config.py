@@ -154,7 +154,11 @@ class GPTConfig:
     """Token id that starts a document."""
 
     attention_backend: Literal["auto", "cudnn", "flash", "math", "fa3", "fa4"] = "auto"
-    """Attention kernel: torch's choice, or exactly this one (an error where it cannot run)."""
+    """Attention kernel: torch's choice, or exactly this one (an error where it cannot run).
+
+    With auto and cudnn the last block of a sliding evaluation in bfloat16 on CUDA runs the flash
+    kernel: it has fewer queries than keys, and cuDNN has no causality for that.
+    """
 
     kernels: Literal["auto", "off"] = "auto"
     """Fused Triton kernels in compiled graphs on NVIDIA GPUs (auto), or plain torch everywhere."""
@@ -214,8 +218,9 @@ class GPTConfig:
         tables = {
             "num_layers, model_dim, mlp_hidden": self.num_layers * block,
             "vocab_size": self.vocab_size * self.model_dim,
-            "bigram_buckets": self.bigram_buckets * self.bigram_dim,
-            "bigram_dim": self.bigram_dim * self.model_dim if self.bigram_buckets else 0,
+            "bigram_buckets, bigram_dim": self.bigram_dim * (self.bigram_buckets + self.model_dim)
+            if self.bigram_buckets
+            else 0,
             "value_embedding_dim": self.value_embedding_dim * (self.vocab_size + self.kv_dim)
             if self.value_embedding_layers
             else 0,

@@ -71,6 +71,8 @@ class MuonBucket:
 
     def gather(self, share_PRC: Tensor | None) -> None:
         """Start to gather the updates, of which this rank has a share; None for none."""
+        # A rank without matrices has not asked for its gradients.
+        self._wait()
         self._gradients_PRC = None
         if self.ranks.count == 1:
             self._updates_KRC = share_PRC

@@ -6,15 +6,15 @@ of the row's output (:mod:`pgl.quant.sensitivity`), ``input`` is what is left of
 once GPTQ has made up for an error with the columns that follow: the mean of ``1 / U_cc**2``. One
 factor for the whole model then trades error against size.
 
-Measured on a PR #703 model of 270 steps (nats a token lost, 12 k validation tokens, attention and
-MLP codes of that many bytes): with one step for all 0.027 at 9.0 MB and 0.079 at 7.5 MB, with
-balanced steps 0.006 and 0.015. Steps that follow the columns' ``U_cc`` too need a factor for each
-column in the file and were no better: 0.007 at 8.9 MB.
+Measured on a PR #703 model of 270 steps, at files of one size (10.0 MB): 0.005 nats a token lost
+where GPTQ on the grid's steps loses 0.030 (docs/artifact.md). Steps that follow the columns'
+``U_cc`` too need a factor for each column in the file and were no better.
 
 Shape legend: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ REFERENCE_STEP = 1 / 31  # geometric mean of a model's steps at factor 1: the PR
 STEPS_PER_OCTAVE = 8  # coarser steps of the steps cost error, finer ones bytes
 SMALLEST_ENERGY = 1e-3  # in units of the matrix's mean: an output that never mattered may yet do
 SMALLEST_MEAN_ENERGY = 1e-30
+LIVE_OCTAVES = 10.0  # a matrix with steps coarser than the finest's by more has no say in the mean
+MAX_OCTAVES_FROM_MEAN = 8.0
 
 
 def balanced_steps(factor: Factor, energy_KR: Tensor) -> Tensor:
@@ -39,19 +41,43 @@ def balanced_steps(factor: Factor, energy_KR: Tensor) -> Tensor:
     return -((energy_KR + SMALLEST_ENERGY * mean_K1) * input_K1).log2() / 2
 
 
+def mean_step(means: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """Return the mean of the model's steps as a logarithm to base 2.
+
+    A matrix that the loss does not notice at all has steps of any size; it does not count, lest it
+    make those of the others finer.
+
+    Args:
+        means: The mean of each matrix's steps, as logarithms to base 2.
+        sizes: Weights of each matrix.
+    """
+    finest = min(means.values())
+    live = [name for name in means if means[name] <= finest + LIVE_OCTAVES]
+    return sum(means[name] * sizes[name] for name in live) / sum(sizes[name] for name in live)
+
+
 def code_balanced(
-    w_KRC: Tensor, factor: Factor, steps_KR: Tensor, step_factor: float, config: GPTQConfig
+    w_KRC: Tensor,
+    factor: Factor,
+    steps_KR: Tensor,
+    mean: float,
+    step_factor: float,
+    config: GPTQConfig,
 ) -> RowCodes:
     """Code matrices by GPTQ on balanced steps.
 
     Args:
         w_KRC: Float32 weights.
         factor: Of their Hessians.
-        steps_KR: Logarithms to base 2 of their steps, whose mean over the whole model is 0: at a
-            factor of 1 that stands for a step of 1/31.
+        steps_KR: Logarithms to base 2 of their steps. They are kept within 8 octaves of the mean.
+        mean: What stands for a step of 1/31 at a factor of 1: the mean over the whole model.
         step_factor: Multiplies all steps.
         config: For the block size.
+
+    Raises:
+        ValueError: The weights have diverged.
     """
+    steps_KR = (steps_KR - mean).clamp(-MAX_OCTAVES_FROM_MEAN, MAX_OCTAVES_FROM_MEAN)
     steps_KR = steps_KR + math.log2(REFERENCE_STEP * step_factor)
     steps_KR = (steps_KR * STEPS_PER_OCTAVE).round() / STEPS_PER_OCTAVE
     scale_KR = storable(steps_KR.exp2(), w_KRC.abs()).half()

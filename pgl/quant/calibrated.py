@@ -1,12 +1,12 @@
 """All matrices that GPTQ calibrates: stacked by shape, divided over the processes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pgl.quant.balance import balanced_steps, code_balanced
+from pgl.quant.balance import balanced_steps, code_balanced, mean_step
 from pgl.quant.config import GPTQConfig
 from pgl.quant.gptq import Factor, factorise, search_codes
 from pgl.quant.precision import full_float32
@@ -73,8 +73,7 @@ class CalibratedMatrices:
         if self._names:
             means = share_out(self._names, self._prepare)
             sizes = {name: weights[name].numel() for name in self._names}
-            total = sum(means[name] * sizes[name] for name in self._names)
-            self._mean = total / sum(sizes.values())
+            self._mean = mean_step(means, sizes)
 
     def code(self, step_factor: float) -> dict[str, RowCodes]:
         """Return codes and steps of all matrices, on the CPU."""
@@ -117,15 +116,11 @@ class CalibratedMatrices:
 
     def _code_stack(self, stack: _Stack, step_factor: float) -> RowCodes:
         if stack.steps_KR is not None:
-            steps_KR = stack.steps_KR - self._mean
-            return code_balanced(stack.w_KRC, stack.factor, steps_KR, step_factor, self.config)
-        grid = scaled_grid(stack.grid, step_factor)
+            return code_balanced(
+                stack.w_KRC, stack.factor, stack.steps_KR, self._mean, step_factor, self.config
+            )
+        grid = stack.grid.scaled(step_factor)
         return search_codes(stack.w_KRC, stack.factor, stack.hessian_KCC, grid, self.config)
-
-
-def scaled_grid(grid: RowGrid, step_factor: float) -> RowGrid:
-    """Return a grid whose steps are multiplied by a factor; 1 leaves it as it is."""
-    return replace(grid, step_factor=grid.step_factor * step_factor)
 
 
 def _check_calibrated(name: str, calibration: Calibration | None, config: GPTQConfig) -> None:

@@ -23,6 +23,13 @@ class TensorRule:
     grid: RowGrid = field(default_factory=RowGrid)
     """The integer grid."""
 
+    def __post_init__(self) -> None:
+        if self.method == "gptq" and self.store != "codes":
+            raise ValueError(
+                f'TensorRule.method is "gptq", which chooses codes, but store is "{self.store}": '
+                'set store to "codes" or method to "round"'
+            )
+
 
 @dataclass
 class GPTQConfig:
@@ -42,15 +49,20 @@ class GPTQConfig:
     squared error of the layer's outputs, which is what GPTQ minimises."""
 
     steps: Literal["grid", "balanced"] = "grid"
-    """Whether a row's step is the grid's, or each row and column gets the step at which an error
-    costs the same loss throughout the model. Balanced steps need the gradients of calibration
-    sequences; codes then use up to 8 bits, and the grids of the calibrated groups are not used."""
+    """Whether a row's step is the grid's, or each row gets the step at which an error costs the
+    same loss throughout the model. Balanced steps need the gradients of calibration sequences;
+    codes then use up to 8 bits, and the grids of the calibrated groups are not used."""
 
     def __post_init__(self) -> None:
         if self.damping < 0:
             raise ValueError(f"GPTQConfig.damping is {self.damping}: choose 0 or more")
         if self.block_columns < 1:
             raise ValueError(f"GPTQConfig.block_columns is {self.block_columns}: choose 1 or more")
+        if self.steps == "balanced" and self.select_by != "mse":
+            raise ValueError(
+                f'GPTQConfig.select_by is "{self.select_by}", but balanced steps search no '
+                'quantile: leave select_by out or set steps to "grid"'
+            )
 
 
 def _matrix_rule() -> TensorRule:
@@ -124,6 +136,12 @@ class QuantConfig:
                     f'QuantConfig.{name}.method is "gptq", but the rows of an embedding are looked '
                     'up, not multiplied by inputs to calibrate with: set it to "round"'
                 )
+
+        if self.gptq.steps == "balanced" and not self.needs_hessians():
+            raise ValueError(
+                'QuantConfig.gptq.steps is "balanced", but no group is quantised by GPTQ: set '
+                'attention.method or mlp.method to "gptq", or gptq.steps to "grid"'
+            )
 
     def rule(self, group: Group) -> TensorRule | None:
         """Return the rule of a group's large matrices; None for "control", which has none."""

@@ -34,7 +34,8 @@ def gptq(
         config: Damping, order and selection.
 
     Raises:
-        ValueError: A Hessian is not finite or not positive definite in spite of the damping.
+        ValueError: A Hessian is not finite or not positive definite in spite of the damping, or the
+            weights have diverged.
     """
     config = config or GPTQConfig()
     stacked = w_RC.ndim == 3
@@ -109,7 +110,11 @@ def column_order(hessian_KCC: Tensor, act_order: bool) -> Tensor:
 def search_codes(
     w_KRC: Tensor, factor: Factor, hessian_KCC: Tensor, grid: RowGrid, config: GPTQConfig
 ) -> RowCodes:
-    """Code matrices on the steps of a grid, each with the best of the quantiles it searches."""
+    """Code matrices on the steps of a grid, each with the best of the quantiles it searches.
+
+    Raises:
+        ValueError: Of some matrix no quantile gives steps that float16 holds and a finite loss.
+    """
     codes_KRC = torch.zeros_like(w_KRC, dtype=torch.int8)
     scale_KR = w_KRC.new_zeros(w_KRC.shape[:2])
     loss_K = w_KRC.new_full(w_KRC.shape[:1], torch.inf)
@@ -134,6 +139,12 @@ def search_codes(
         codes_KRC[winners] = found_KRC[better]
         scale_KR[winners] = some.scale_R[better]
         loss_K[winners] = found_loss_K[better]
+    if not bool(loss_K.isfinite().all()):
+        largest = w_KRC[~loss_K.isfinite()].abs().max().item()
+        raise ValueError(
+            "a row of weights is not finite or too large for a float16 step "
+            f"(largest weight {largest:g}): the weights have diverged"
+        )
     return RowCodes(codes_KRC, stored_scale(scale_KR))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pgl.quant.calibrated import CalibratedMatrices, Calibration, scaled_grid
+from pgl.quant.calibrated import CalibratedMatrices, Calibration
 from pgl.quant.config import QuantConfig, TensorRule
 from pgl.quant.groups import tensor_group
 from pgl.quant.prune import prune_by_magnitude
@@ -83,7 +83,7 @@ class StateQuantizer:
         coded = self._gptq.code(step_factor)
         for name, weight in self._rounded.items():
             grid = self._rule(name).grid
-            coded[name] = _to_cpu(quantize_rows(weight, scaled_grid(grid, step_factor)))
+            coded[name] = _to_cpu(quantize_rows(weight, grid.scaled(step_factor)))
         kinds = self._kinds(coded, step_factor)
         stored = dict(self._fixed)
         for name, rows in coded.items():
@@ -109,8 +109,9 @@ class StateQuantizer:
         bits: dict[str, int] = {}
         for name, rows in coded.items():
             group = self._templates[name].group
-            if step_factor == 1 and not self._is_balanced(name):
-                bits[group] = self._rule(name).grid.bits
+            grid = self._rule(name).grid.scaled(step_factor)
+            if grid.step_factor == 1 and not self._is_balanced(name):
+                bits[group] = grid.bits
             else:
                 bits[group] = max(bits.get(group, MIN_BITS), bits_of(rows.codes_RC))
         return {name: f"int{bits[self._templates[name].group]}" for name in coded}

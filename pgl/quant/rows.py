@@ -4,6 +4,7 @@ Shape legend: R rows (outputs), C columns (inputs), ``...`` any number of leadin
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,9 +55,9 @@ class RowGrid:
     extra_negative_code: bool = False
     """Let codes reach ``-(m + 1)`` (PR #324, PR #388)."""
 
-    step_factor: float = 1.0
-    """Multiplies every step. Unless it is 1, codes may use 8 bits whatever `bits` says. The search
-    for the size limit sets it."""
+    step_factor: float = field(default=1.0, init=False)
+    """Multiplies every step. Unless it is 1, codes may use 8 bits whatever `bits` says. No setting:
+    :meth:`scaled` makes such grids for the search for the size limit."""
 
     def __post_init__(self) -> None:
         if not 5 <= self.bits <= 8:
@@ -70,8 +71,6 @@ class RowGrid:
                 f"RowGrid.search_quantiles is {self.search_quantiles}: "
                 "give at least one value, each in (0, 1]"
             )
-        if not self.step_factor > 0:
-            raise ValueError(f"RowGrid.step_factor is {self.step_factor}: choose a value above 0")
         if self.scale_floor is not None and not (
             SMALLEST_NORMAL_FLOAT16 <= self.scale_floor <= LARGEST_FLOAT16
         ):
@@ -79,6 +78,13 @@ class RowGrid:
                 f"RowGrid.scale_floor is {self.scale_floor}: a step is stored as float16, choose "
                 f"null or a value from {SMALLEST_NORMAL_FLOAT16} to {LARGEST_FLOAT16:g}"
             )
+
+    def scaled(self, step_factor: float) -> "RowGrid":
+        """Return a grid whose steps are multiplied by a factor; 1 leaves it as it is."""
+        assert step_factor > 0
+        grid = copy(self)
+        grid.step_factor = self.step_factor * step_factor
+        return grid
 
     @property
     def clip_code(self) -> int:
@@ -148,8 +154,13 @@ def row_scales(w_RC: Tensor, grid: RowGrid) -> Iterator[RowScales]:
 
 
 def storable(scale_R: Tensor, magnitude_RC: Tensor) -> Tensor:
-    """Return steps that float16 holds, and that no weight of the row has a code beyond 127 for."""
+    """Return steps that float16 holds, and that no weight of the row has a code beyond 127 for.
+
+    Raises:
+        ValueError: A row holds a value that is not finite, or too large for any such step.
+    """
     least_R = magnitude_RC.amax(-1) / WIDEST_CODE if magnitude_RC.shape[-1] else scale_R
+    stored_scale(least_R)
     scale_R = torch.maximum(scale_R, least_R)
     return scale_R.clamp(SMALLEST_NORMAL_FLOAT16, LARGEST_FLOAT16)
 

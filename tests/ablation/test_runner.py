@@ -39,6 +39,18 @@ time.sleep(0.3)
 """
 
 
+def test_an_illegal_score_is_not_the_runs(tmp_path):
+    (job,) = jobs([Trial("one", (), {})], [1], tmp_path)
+    job.folder.mkdir(parents=True)
+    illegal = {"bpb": 0.5, "legal": False}
+    for scores, text in (
+        ([{"bpb": 1.25, "legal": True}, illegal], "1.250000 BPB"),
+        ([illegal], "no score"),
+    ):
+        (job.folder / "report.json").write_text(json.dumps({"scores": scores}))
+        assert runner._bpb(job) == text
+
+
 @pytest.fixture
 def trials(monkeypatch):
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)

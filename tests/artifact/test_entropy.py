@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgl.artifact import entropy
+from pgl.artifact import entropy, rans
 from pgl.artifact.entropy import decode, encode
 from pgl.artifact.errors import CodecError
 from pgl.artifact.rans import TOTAL, normalise
@@ -69,7 +69,8 @@ def test_round_trip_of_corner_cases(matrix):
 
 
 def test_several_lanes_and_a_ragged_last_step():
-    for size in (16_384 * 3 - 1, 16_384 * 3, 16_384 * 3 + 1, 16_384 * 3 + 2):
+    lanes = 3 * rans.STEPS_PER_LANE
+    for size in (lanes - 1, lanes, lanes + 1, lanes + 2):
         round_trip(gaussian(1, size, 0.1))
 
 
@@ -123,8 +124,15 @@ def test_as_long_as_its_model_predicts():
     assert predicted_bytes < len(round_trip(*matrices)) < 1.01 * predicted_bytes
 
 
+def test_a_layout_of_other_codes_is_refused():
+    with pytest.raises(ValueError, match="8 codes do not fill a layout of 0"):
+        encode(bytes(8), [])
+    with pytest.raises(ValueError, match="8 codes do not fill a layout of 6"):
+        encode(bytes(8), [(2, 3)])
+
+
 def test_damage_is_noticed():
-    codes = gaussian(64, 64, 0.1)
+    codes = gaussian(32, 32, 0.1)
     data, layout = codes.tobytes(), [codes.shape]
     packed = encode(data, layout)
     rng = random.Random(0)

@@ -1,5 +1,7 @@
 """The search for the size: it ends at or under the limit, uses it, and says when nothing fits."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,3 +97,40 @@ def test_entropy_of_codes():
         share = counts[counts > 0] / counts.sum()
         expected -= float((share.log2() * counts[counts > 0]).sum()) / 8
     assert code_bytes(stored) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9, 1.2])
+def test_what_is_left_unused_is_what_is_documented(share):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2000, 256, generator=generator) * torch.rand(2000, 1, generator=generator)
+    # Without a floor each row has a step of its own, so the size moves smoothly.
+    rule = TensorRule(grid=RowGrid(scale_floor=None))
+    config = QuantConfig(mlp=rule, passthrough_max_numel=0)
+    quantise, pack = StateQuantizer({"blocks.0.mlp.fc.weight": weights}, config), Counted()
+    limit_bytes = int(share * pack(quantise(1.0)))
+    pack.sizes.clear()
+    fit = fit_to_limit(quantise, pack, limit_bytes, refine=True)
+    assert 0 <= limit_bytes - pack.sizes[fit.chosen] <= max(limit_bytes / 4000 + 1, 64)
+    assert len(pack.sizes) <= 4
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9, 1.2])
+def test_one_step_for_all_rows_leaves_no_more_than_its_rounding(share):
+    quantise, pack = quantizer(rows=2000), Counted()
+    limit_bytes = int(share * pack(quantise(1.0)))
+    fit = fit_to_limit(quantise, pack, limit_bytes, refine=True)
+    spacing_bytes = 1.03 * 2000 * 256 * 2**-10 / math.log(2) / 8  # of float16, at a bit an octave
+    unused = limit_bytes - fit.attempts[fit.chosen].total_bytes
+    assert 0 <= unused <= limit_bytes / 4000 + 1.1 * spacing_bytes
+
+
+def test_codes_that_no_step_makes_zero_are_zeroed_before_a_limit_is_refused():
+    weights = torch.zeros(8, 64)
+    weights[:, 0] = 4e6  # the largest step keeps a code of 61
+    rule = TensorRule(grid=RowGrid(clip="quantile", clip_quantile=0.5))
+    config = QuantConfig(mlp=rule, passthrough_max_numel=0)
+    quantise = StateQuantizer({"blocks.0.mlp.fc.weight": weights}, config)
+    assert quantise(2.0**MAX_OCTAVES)["blocks.0.mlp.fc.weight"].data.any()
+    fit = fit_to_limit(quantise, lambda stored: int(code_bytes(stored)), 1, refine=False)
+    assert fit.attempts[fit.chosen].total_bytes <= 1
+    assert not fit.stored["blocks.0.mlp.fc.weight"].data.any()

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 
@@ -18,8 +19,8 @@ from pgl.artifact import (
     load,
     save,
 )
-from pgl.model import GPT
-from pgl.quant import dequantize_state
+from pgl.model import GPT, GPTConfig
+from pgl.quant import QuantConfig, dequantize_state, quantize_state
 
 
 @pytest.fixture
@@ -68,6 +69,34 @@ def test_too_large_says_by_how_much_and_leaves_nothing(tmp_path, tiny_config, ti
     assert (tmp_path / "fits").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_a_full_size_artifact_loads_in_seconds(tmp_path):
+    config = GPTConfig(
+        num_layers=11,
+        mlp_hidden=1536,
+        bigram_buckets=1536,
+        value_embedding_layers=[9, 10],
+        embedding_dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        shapes = GPT(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in shapes.items():
+        weight = torch.randn(tensor.shape, generator=generator)
+        if weight.ndim == 2:  # rows of trained matrices spread over octaves
+            weight *= 0.07 * torch.exp2(0.7 * torch.randn(len(weight), 1, generator=generator))
+        state[name] = weight.to(tensor.dtype)
+    report = save(tmp_path / "m", config, quantize_state(state, QuantConfig()), codec="rans")
+    assert report.parameters > 26_000_000
+    mlp = next(group for group in report.groups if group.name == "mlp")
+    assert mlp.codecs == ("rans",)
+    assert mlp.bits_per_weight < mlp.order0_bits_per_weight
+    start = time.process_time()
+    load(tmp_path / "m")
+    assert time.process_time() - start < 5
+
+
 def test_python_runs_it(path):
     done = subprocess.run(
         [sys.executable, "-I", "-S", path], capture_output=True, text=True, check=True, timeout=60
@@ -81,6 +110,7 @@ def test_python_runs_it(path):
 
 RUN_FROM_WITHIN = """
 import sys
+import time
 sys.path.insert(0, sys.argv[1] + "/source")
 import pgl, torch
 assert pgl.__file__.startswith(sys.argv[1]), pgl.__file__

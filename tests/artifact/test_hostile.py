@@ -3,13 +3,15 @@
 import io
 import json
 import random
+import re
 import resource
+import tracemalloc
 import zipfile
 
 import pytest
 import torch
 
-from pgl.artifact import CODECS, ArtifactError, load, save
+from pgl.artifact import CODECS, ArtifactError, codecs, load, rans, save
 from pgl.artifact.container import pack, seal, unpack
 
 
@@ -79,50 +81,120 @@ def mutate(whole, rng):
     return bytes(data)
 
 
+def mutate_content(manifest, streams, rng):
+    """Change the manifest or a stream and rebuild the archive around it: every checksum holds."""
+    name = rng.choice([None, rng.choice(sorted(streams))])
+    data = bytearray(json.dumps(manifest).encode() if name is None else streams[name])
+    position = rng.randrange(min(len(data), rng.choice([16, 200, len(data)])))
+    kind = rng.choice(["flip", "byte", "cut", "grow", "zero", "digit"])
+    if kind == "flip":
+        data[position] ^= 1 << rng.randrange(8)
+    elif kind == "byte":
+        data[position] = rng.randrange(256)
+    elif kind == "cut":
+        del data[position : position + rng.choice([1, 4, len(data)])]
+    elif kind == "grow":
+        data[position:position] = rng.randbytes(rng.choice([1, 4, 100]))
+    elif kind == "zero":
+        data[position : position + 4] = bytes(4)
+    else:
+        digits = [place for place, byte in enumerate(data) if 48 <= byte < 58] or [position]
+        data[rng.choice(digits)] = 48 + rng.randrange(10)
+    if name is None:
+        return rebuild(bytes(data), streams)
+    record = {**manifest["streams"][name], "packed_bytes": len(data)}
+    changed = {**manifest, "streams": {**manifest["streams"], name: record}}
+    return rebuild(json.dumps(changed).encode(), {**streams, name: bytes(data)})
+
+
+def weights_or_message(data, path):
+    try:
+        return loads(data, path).state_dict
+    except ArtifactError as error:
+        return str(error)
+
+
 def fuzz(whole, path, count):
+    """Change an archive `count` times; return the messages that it is refused with.
+
+    What the checks behind the checksum let pass must be the same weights: the change was in the
+    source, a date, a note, a setting that has no weights.
+    """
     rng = random.Random(count)
     expected = loads(whole, path).state_dict
-    survivors, messages = 0, []
-    for _ in range(count):
-        data = mutate(whole, rng)
-        if data == whole:
+    manifest_json, streams = unpack(whole)
+    manifest = json.loads(manifest_json)
+    messages = []
+    for number in range(count):
+        if number % 2:
+            data = mutate_content(manifest, streams, rng)
+        else:
+            data = mutate(whole, rng)
+            if data == whole:
+                continue
+            refuse(data, path)
+            data = reseal(data) if len(data) > 64 else data
+        found = weights_or_message(data, path)
+        if isinstance(found, str):
+            assert found.startswith(f"{path} ")
+            messages.append(found)
             continue
-        refuse(data, path)
-        if len(data) <= 64:
-            continue
-        # With the checksum put right only the checks behind it are left; what they let pass must
-        # be the same weights (the change was in the source, a date, a note).
-        try:
-            state = loads(reseal(data), path).state_dict
-        except ArtifactError as error:
-            messages.append(str(error))
-            continue
-        survivors += 1
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert all(message.startswith(f"{path} ") for message in messages)
-    return survivors
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    return messages
+
+
+def check_depth(messages, count):
+    """The fuzz reached the codecs and the manifest's checks, and something survived it."""
+    from_codec = sum("cannot decompress" in message for message in messages)
+    from_checksum = sum("damaged stream" in message for message in messages)
+    from_archive = sum("archive" in message for message in messages)
+    kinds = {re.sub("[^a-z ]", "", message.split(" ", 1)[1])[:20] for message in messages}
+    assert from_codec > count / 20
+    assert from_codec + from_checksum > count / 8
+    assert from_archive > count / 20
+    # Half of the changes of content are in the manifest; many leave the weights as they are.
+    assert len(messages) - from_codec - from_checksum - from_archive > count / 12
+    assert len(kinds) > 10
+    assert len(messages) < count
+
+
+@pytest.fixture
+def all_rans(monkeypatch):
+    """Streams of codes are rans however short they are, and have several lanes."""
+    monkeypatch.setattr(codecs, "_SHORT_STREAM_BYTES", 0)
+    monkeypatch.setattr(rans, "STEPS_PER_LANE", 64)
+
+
+def codecs_used(whole):
+    manifest = json.loads(unpack(whole)[0])
+    return {record["codec"] for record in manifest["streams"].values()}
 
 
 def test_mutations(whole, tmp_path):
-    assert fuzz(whole, tmp_path / "m", 300) < 300
+    check_depth(fuzz(whole, tmp_path / "m", 300), 300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
-def test_many_mutations(codec, tmp_path_factory, tiny_config, tiny_stored, tmp_path):
+def test_many_mutations(codec, all_rans, tmp_path_factory, tiny_config, tiny_stored, tmp_path):
+    count = -(-12_000 // len(CODECS))
     whole = packed_with(codec, tmp_path_factory, tiny_config, tiny_stored)
+    assert codecs_used(whole) == ({"rans", "lzma"} if codec == "rans" else {codec})
     before = resource.getrusage(resource.RUSAGE_SELF)
-    assert fuzz(whole, tmp_path / "m", 10_000) < 10_000
+    check_depth(fuzz(whole, tmp_path / "m", count), count)
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_maxrss - before.ru_maxrss < 200_000  # KiB, for a file of 60 KB
-    assert after.ru_utime - before.ru_utime < 10_000 * 0.03
+    assert after.ru_utime - before.ru_utime < count * 0.05
 
 
 @pytest.mark.parametrize("codec", ["rans", "lzma"])
-def test_mutations_of_other_codecs(codec, tmp_path_factory, tiny_config, tiny_stored, tmp_path):
+def test_mutations_of_other_codecs(
+    codec, all_rans, tmp_path_factory, tiny_config, tiny_stored, tmp_path
+):
     whole = packed_with(codec, tmp_path_factory, tiny_config, tiny_stored)
-    assert fuzz(whole, tmp_path / "m", 100) < 100
+    assert codec in codecs_used(whole)
+    check_depth(fuzz(whole, tmp_path / "m", 200), 200)
 
 
 def test_every_truncation(whole, tmp_path):
@@ -186,6 +258,7 @@ LIES = {
     "infinite setting": (set_in("config", "rope_base", float("inf")), "rope_base"),
     "no configuration": (drop("config"), "configuration"),
     "more layers than tensors": (set_in("config", "num_layers", 60_000), "too few"),
+    "a layer for each five tensors": (set_in("config", "num_layers", 5), "too few"),
     "a layer more": (set_in("config", "num_layers", 3), "lacks the tensor"),
     "other width": (set_in("config", "mlp_hidden", 32), "shape"),
     "repeated tensor": (repeat_first_tensor, "twice"),
@@ -194,6 +267,7 @@ LIES = {
     "negative shape": (set_in("tensors", 0, "shape", [-1, -16]), "malformed"),
     "absurd shape": (set_in("tensors", 0, "shape", [2**40, 2**40]), "malformed"),
     "large shape": (set_in("tensors", 0, "shape", [2**25, 2**25]), "weights"),
+    "more weights than a model has": (set_in("tensors", 0, "shape", [2**14, 2**13]), "weights"),
     "boolean shape": (set_in("tensors", 0, "shape", [True, 16]), "malformed"),
     "code vector": (code_vector, "malformed"),
     "unknown kind": (set_in("tensors", 0, "kind", "int4"), "malformed"),
@@ -274,6 +348,37 @@ def test_bombs_in_the_archive(whole, tmp_path):
     refuse(rebuild(padded, streams), tmp_path / "m", "too large")
     many = craft(whole, [(f"source/{i}.py", b"") for i in range(5000)])
     refuse(many, tmp_path / "m", "too many")
+
+
+def lie_about_first_size(data, num_bytes):
+    """Announce another size of the first member, in its own header and in the directory."""
+    data = bytearray(data)
+    for position in (22, data.index(b"PK\x01\x02") + 24):
+        data[position : position + 4] = num_bytes.to_bytes(4, "little")
+    return reseal(data)
+
+
+@pytest.mark.parametrize("claimed_bytes", [100, 50_000_000])
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (zipfile.ZIP_BZIP2, "neither stored nor deflated"),
+        (zipfile.ZIP_LZMA, "neither stored nor deflated"),
+        (zipfile.ZIP_DEFLATED, "not a readable archive|too large"),
+    ],
+)
+def test_bombs_in_the_manifest(tmp_path, method, match, claimed_bytes):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("manifest.json", bytes(50_000_000), method, compresslevel=1)
+        archive.comment = b"sha256:" + bytes(64)
+    bomb = lie_about_first_size(buffer.getvalue(), claimed_bytes)
+    assert len(bomb) < 300_000
+    tracemalloc.start()
+    refuse(bomb, tmp_path / "m", match)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000
 
 
 def test_other_zip_files_are_not_artifacts(tmp_path):

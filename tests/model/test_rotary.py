@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgl.model.rotary import apply_rotary, ntk_base, rotary_table
+from pgl.model.rotary import apply_rotary, inverse_frequencies, ntk_base, rotary_table
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,17 @@ def test_table_is_float32_even_under_autocast_and_inference_mode() -> None:
         cos, sin = rotary_table(2048, 10000.0, 64, 2048, CPU)
     assert cos.dtype == sin.dtype == torch.float32
     assert float(cos[2047, 0]) == pytest.approx(math.cos(2047), abs=1e-6)
+
+
+@pytest.mark.parametrize("dims", [8, 16, 64])
+def test_frequencies_are_those_of_the_definition(dims):
+    found = inverse_frequencies(10000.0, dims, torch.device("cpu"))
+    expected = [10000.0 ** (-2 * j / dims) for j in range(dims // 2)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_contexts_up_to_the_reference_length_keep_the_base():
+    assert {ntk_base(10000.0, 16, 1024, length) for length in (1, 400, 700, 1023, 1024)} == {
+        10000.0
+    }
+    assert ntk_base(10000.0, 16, 1024, 1025) > 10000.0

@@ -1,7 +1,5 @@
-"""The optimizer against torch's own, and what it promises about state, clipping and gradients."""
+"""The optimizer against torch's own; what it promises of clipping, gradients and settings."""
 
-import copy
-import io
 from typing import Any
 
 import pytest
@@ -10,60 +8,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pgl.optim import MuonAdamW, zeropower
-
-SHAPES = [(12, 8), (12, 8), (8, 12), (6, 6), (12, 8)]
-SCALAR_SHAPES = [(7,), (), (2, 5)]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_parameters(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Parameter]:
-    return [Parameter(random(*shape, seed=seed + i)) for i, shape in enumerate(shapes)]
-
-
-def make_optimizer(**options: Any) -> MuonAdamW:
-    """Return an optimizer over a bf16 table, matrices of three shapes and a few scalars."""
-    table = Parameter(random(9, 4, seed=50).bfloat16())
-    groups = [
-        {"kind": "adamw", "name": "embedding", "params": [table], "lr": 0.03},
-        {
-            "kind": "muon",
-            "name": "matrix",
-            "params": make_parameters(SHAPES),
-            "lr": 0.02,
-            "momentum": 0.95,
-            "weight_decay": 0.1,
-        },
-        {
-            "kind": "adamw",
-            "name": "scalar",
-            "params": make_parameters(SCALAR_SHAPES, seed=20),
-            "lr": 0.01,
-            "weight_decay": 0.1,
-        },
-    ]
-    return MuonAdamW(groups, **options)
-
-
-def all_parameters(optimizer: MuonAdamW) -> list[Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def set_gradients(optimizer: MuonAdamW, step: int) -> None:
-    for i, parameter in enumerate(all_parameters(optimizer)):
-        parameter.grad = random(*parameter.shape, seed=1000 * step + i).to(parameter.dtype)
-
-
-def train(optimizer: MuonAdamW, first: int, last: int) -> None:
-    for step in range(first, last):
-        set_gradients(optimizer, step)
-        optimizer.step()
-
-
-def snapshot(optimizer: MuonAdamW) -> list[Tensor]:
-    return [p.detach().clone() for p in all_parameters(optimizer)]
+from tests.optim.optimizers import (
+    SCALAR_SHAPES,
+    SHAPES,
+    all_parameters,
+    make_optimizer,
+    make_parameters,
+    random,
+    set_gradients,
+    snapshot,
+    train,
+)
 
 
 def naive_muon(p: Tensor, gradients: list[Tensor], group: dict[str, Any]) -> Tensor:
@@ -120,18 +75,6 @@ def test_adamw_against_torch(weight_decay: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_moments_have_the_type_of_the_parameter() -> None:
-    optimizer = make_optimizer()
-    table = optimizer.param_groups[0]["params"][0]
-    assert optimizer.state[table]["exp_avg"].dtype == torch.bfloat16
-    assert optimizer.state[table]["exp_avg_sq"].dtype == torch.bfloat16
-    before = table.detach().clone()
-    train(optimizer, 0, 1)
-    torch.testing.assert_close(  # a first Adam step is lr * sign
-        (before - table.detach()).float(), 0.03 * table.grad.sign().float(), rtol=0, atol=0.02
-    )
-
-
 def test_clip_equals_torch_clip() -> None:
     clipped = make_optimizer(grad_clip_norm=0.3)
     plain = make_optimizer()
@@ -171,79 +114,6 @@ def test_gradient_norm_is_known_without_clipping() -> None:
     expected = sum((p.grad.double() ** 2).sum() for p in all_parameters(optimizer)).sqrt()
     assert optimizer.grad_norm.ndim == 0
     torch.testing.assert_close(optimizer.grad_norm.double(), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("momentum_format", ["float32", "bfloat16", "int8"])
-def test_resume_continues_bit_for_bit(momentum_format: str) -> None:
-    straight = make_optimizer(momentum_format=momentum_format, grad_clip_norm=1.0)
-    train(straight, 0, 3)
-    buffer = io.BytesIO()
-    torch.save(straight.state_dict(), buffer)
-    weights = snapshot(straight)
-    straight.param_groups[1]["lr"] = 0.5  # later changes do not reach the saved state
-    straight.param_groups[1]["lr"] = 0.02
-    train(straight, 3, 6)
-
-    resumed = make_optimizer(momentum_format=momentum_format, grad_clip_norm=1.0)
-    train(resumed, 40, 41)  # other state, which loading has to replace
-    for parameter, weight in zip(all_parameters(resumed), weights, strict=True):
-        parameter.data.copy_(weight)
-    buffer.seek(0)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    train(resumed, 3, 6)
-    for a, b in zip(snapshot(resumed), snapshot(straight), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(all_parameters(resumed), all_parameters(straight), strict=True):
-        for key, value in straight.state[b].items():
-            assert torch.equal(resumed.state[a][key], value), key
-
-
-def test_reset_from_a_deep_copy() -> None:
-    optimizer = make_optimizer()
-    start, weights = copy.deepcopy(optimizer.state_dict()), snapshot(optimizer)
-    train(optimizer, 0, 2)
-    first = snapshot(optimizer)
-    optimizer.load_state_dict(start)
-    for parameter, weight in zip(all_parameters(optimizer), weights, strict=True):
-        parameter.data.copy_(weight)
-    train(optimizer, 0, 2)
-    for a, b in zip(snapshot(optimizer), first, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_loading_takes_over_the_settings_of_the_groups() -> None:
-    source, target = make_optimizer(), make_optimizer()
-    source.param_groups[1].update(lr=0.5, momentum=0.7)
-    target.load_state_dict(source.state_dict())
-    assert target.param_groups[1]["lr"] == 0.5
-    before = snapshot(target)
-    train(target, 0, 1)
-    moved = (target.param_groups[1]["params"][3].detach() - before[4]).norm()
-    assert moved > 0.3  # 0.5 times an orthogonal 6x6 matrix, not 0.02 times
-
-
-def test_state_exists_before_the_first_step() -> None:
-    optimizer = make_optimizer()
-    for parameter in all_parameters(optimizer):
-        assert optimizer.state[parameter]
-    trained = make_optimizer()
-    train(trained, 0, 1)
-    for a, b in zip(all_parameters(optimizer), all_parameters(trained), strict=True):
-        assert optimizer.state[a].keys() == trained.state[b].keys()
-
-
-def test_refuses_a_state_it_cannot_use() -> None:
-    with pytest.raises(ValueError, match="momentum_format='float32' needs"):
-        make_optimizer().load_state_dict(make_optimizer(momentum_format="int8").state_dict())
-    other = MuonAdamW([{"kind": "muon", "name": "matrix", "params": make_parameters(SHAPES)}])
-    with pytest.raises(ValueError, match="routing it was made with"):
-        make_optimizer().load_state_dict(other.state_dict())
-    same_count = [(8, 12), *SHAPES[1:]]
-    reshaped = MuonAdamW(
-        [{"kind": "muon", "name": "matrix", "params": make_parameters(same_count)}]
-    )
-    with pytest.raises(ValueError, match="has shape"):
-        other.load_state_dict(reshaped.state_dict())
 
 
 @pytest.mark.parametrize("momentum_format", ["float32", "int8"])
@@ -336,19 +206,6 @@ def test_every_muon_setting_acts(change: dict[str, Any]) -> None:
         assert not torch.equal(a, b)
 
 
-def test_bytes_of_momentum() -> None:
-    parameters = make_parameters([(32, 16), (32, 16), (16, 48)])
-    values = 2 * 512 + 768
-    expected = {"float32": 4 * values, "bfloat16": 2 * values, "int8": values + 2 * values // 256}
-    for momentum_format, size in expected.items():
-        optimizer = MuonAdamW(
-            [{"kind": "muon", "name": "matrix", "params": parameters}],
-            momentum_format=momentum_format,
-        )
-        assert optimizer.momentum_bytes() == size
-        assert optimizer.momentum_bytes_saved() == 4 * values - size
-
-
 def test_it_fits_a_matrix() -> None:
     target = random(8, 8, seed=7)
     weight = Parameter(torch.zeros(8, 8))
@@ -359,31 +216,6 @@ def test_it_fits_a_matrix() -> None:
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 200)
         optimizer.step()
     assert ((weight - target) ** 2).mean() < 0.01
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"kind": "sgd", "name": "x"}, "needs a 'kind'"),
-        ({"kind": "muon"}, "a 'name'"),
-        ({"kind": "adamw", "name": "x", "momentum": 0.9}, "adamw does not know: momentum"),
-        ({"kind": "muon", "name": "x", "decay_order": "never"}, "decay_order"),
-        ({"kind": "muon", "name": "x", "ns_coefficients": "none"}, "ns_coefficients"),
-        ({"kind": "muon", "name": "x", "lr": -1.0}, "must not be negative"),
-    ],
-)
-def test_bad_groups_are_refused(group: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MuonAdamW([{"params": make_parameters([(2, 2)]), **group}])
-
-
-def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="only matrices can be orthogonalised"):
-        MuonAdamW([{"kind": "muon", "name": "x", "params": make_parameters([(3,)])}])
-    with pytest.raises(ValueError, match="grad_clip_norm must be positive"):
-        make_optimizer(grad_clip_norm=0.0)
-    with pytest.raises(ValueError, match="momentum_format must be one of"):
-        make_optimizer(momentum_format="int4")
 
 
 @pytest.mark.slow

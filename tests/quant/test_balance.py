@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pgl.artifact.fit import code_bytes
+from pgl.artifact.fit import code_bytes, fit_to_limit
 from pgl.model import GPT, GPTConfig
 from pgl.quant import (
     Calibration,
@@ -16,7 +16,12 @@ from pgl.quant import (
     collect_hessians,
     collect_output_energies,
 )
-from pgl.quant.balance import REFERENCE_STEP, STEPS_PER_OCTAVE, balanced_steps
+from pgl.quant.balance import (
+    MAX_OCTAVES_FROM_MEAN,
+    REFERENCE_STEP,
+    STEPS_PER_OCTAVE,
+    balanced_steps,
+)
 from pgl.quant.gptq import factorise
 
 NAMES = ("blocks.0.mlp.fc.weight", "blocks.0.mlp.proj.weight")
@@ -79,6 +84,36 @@ def test_rows_that_never_mattered_and_zero_matrices_are_coded():
     weights[NAMES[1]].zero_()
     stored = StateQuantizer(weights, plan("balanced"), calibration)()
     assert all(tensor.weights().isfinite().all() for tensor in stored.values())
+
+
+def test_a_matrix_without_energy_leaves_the_steps_of_the_others_alone():
+    weights, calibration = problem()
+    alone = {NAMES[1]: weights[NAMES[1]]}
+    expected = StateQuantizer(alone, plan("balanced"), calibration)()[NAMES[1]]
+    calibration.energies[NAMES[0]].zero_()
+    stored = StateQuantizer(weights, plan("balanced"), calibration)()
+    assert torch.equal(stored[NAMES[1]].scale_R, expected.scale_R)
+    assert torch.equal(stored[NAMES[1]].data, expected.data)
+    dead = stored[NAMES[0]].scale_R.float().log2()
+    most = math.log2(REFERENCE_STEP) + MAX_OCTAVES_FROM_MEAN
+    assert (dead - most).abs().max() <= 1 / STEPS_PER_OCTAVE
+
+
+def test_a_model_with_a_matrix_without_energy_fits_any_limit():
+    weights, calibration = problem()
+    calibration.energies[NAMES[0]].zero_()
+    quantizer = StateQuantizer(weights, plan("balanced"), calibration)
+    for limit_bytes in (50, 400, 900):
+        fit = fit_to_limit(quantizer, lambda s: int(code_bytes(s)), limit_bytes, refine=True)
+        assert fit.attempts[fit.chosen].total_bytes <= limit_bytes
+        assert code_bytes(fit.stored) > 0
+
+
+def test_weights_beyond_all_steps_are_called_diverged():
+    weights, calibration = problem()
+    weights[NAMES[0]][3] = 1e8
+    with pytest.raises(ValueError, match="the weights have diverged"):
+        StateQuantizer(weights, plan("balanced"), calibration)()
 
 
 def test_energies_are_required():

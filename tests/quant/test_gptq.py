@@ -142,3 +142,25 @@ def test_a_bad_hessian_is_refused():
 def test_bad_settings_are_named(setting, value):
     with pytest.raises(ValueError, match=f"GPTQConfig.{setting}"):
         GPTQConfig(**{setting: value})
+
+
+def test_inputs_that_were_never_seen_leave_plain_rounding():
+    w, _ = problem()
+    grid = RowGrid(clip="max", scale_floor=None)
+    found = gptq(w, torch.zeros(w.shape[1], w.shape[1]), grid)
+    assert torch.equal(found.codes_RC, quantize_rows(w, grid).codes_RC)
+
+
+@pytest.mark.parametrize("clip", ["max", "search"])
+@pytest.mark.parametrize("select_by", ["mse", "hessian"])
+def test_weights_beyond_all_steps_are_called_diverged(clip, select_by):
+    torch.manual_seed(0)
+    w, x = torch.randn(2, 8, 16), torch.randn(99, 16)
+    w[1, 3] = 1e8
+    grid = RowGrid(clip=clip)
+    for code in (
+        lambda: gptq(w, x.T @ x, grid, GPTQConfig(select_by=select_by)),
+        lambda: quantize_rows(w, grid),
+    ):
+        with pytest.raises(ValueError, match="the weights have diverged"):
+            code()

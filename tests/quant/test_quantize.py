@@ -5,6 +5,7 @@ import torch
 
 from pgl.quant import (
     Calibration,
+    GPTQConfig,
     QuantConfig,
     RowGrid,
     TensorRule,
@@ -16,6 +17,7 @@ from pgl.quant import (
     storage_kind,
     tensor_group,
 )
+from pgl.quant.quantize import bits_of
 
 SMALL = QuantConfig(passthrough_max_numel=64)
 
@@ -198,3 +200,28 @@ def test_config_survives_yaml_and_the_command_line():
     assert config.attention.grid.clip == "max"
     again = parser.instantiate_classes(parser.parse_string(parser.dump(parsed))).quant
     assert again == config
+
+
+def test_the_factor_of_the_steps_is_no_setting(state):
+    with pytest.raises(TypeError, match="step_factor"):
+        RowGrid(step_factor=0.5)
+    grid = RowGrid()
+    assert grid.scaled(0.5).step_factor == 0.5
+    assert grid.step_factor == 1
+    # A grid that was scaled all the same gets the kind that holds its codes.
+    config = replace(SMALL, mlp=TensorRule(grid=grid.scaled(0.5)))
+    stored = quantize_state(state, config)["blocks.0.mlp.fc.weight"]
+    assert stored.kind == f"int{bits_of(stored.data)}" == "int7"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: TensorRule(store="float16", method="gptq"), r'store is "float16"'),
+        (lambda: QuantConfig(gptq=GPTQConfig(steps="balanced")), "no group is quantised by GPTQ"),
+        (lambda: GPTQConfig(steps="balanced", select_by="hessian"), "search no quantile"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgl.quant.rows import RowGrid, dequantize_rows, quantize_rows, row_quantile
+from pgl.quant.rows import RowGrid, dequantize_rows, quantize_rows, row_quantile, storable
 
 
 def slow_codes(w, grid, clip):
@@ -129,3 +129,40 @@ def test_a_row_without_a_float16_step_is_refused(bad):
 def test_bad_settings_are_named(setting, value):
     with pytest.raises(ValueError, match=f"RowGrid.{setting}"):
         RowGrid(**{setting: value})
+
+
+def test_range_of_codes():
+    assert [RowGrid(bits=bits).max_code for bits in (5, 6, 7, 8)] == [15, 31, 63, 127]
+    assert RowGrid(bits=6).min_code == -31
+    assert RowGrid(bits=6, extra_negative_code=True).min_code == -32
+    # Another step than the grid's own lets codes use all 8 bits, finer or coarser.
+    assert [RowGrid(bits=6).scaled(factor).max_code for factor in (0.5, 2.0)] == [127, 127]
+
+
+def test_a_finer_step_stays_within_eight_bits():
+    w = torch.tensor([[127.0, -1.0]])
+    assert storable(torch.tensor([0.25]), w.abs()).tolist() == [1.0]
+    assert storable(torch.tensor([4.0]), w.abs()).tolist() == [4.0]
+
+
+def test_the_search_takes_the_quantile_with_the_least_error():
+    # Bulk and outliers: the middle quantile is the best, the last one tried the worst but one.
+    w = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    w[:, :2] = 30.0
+    quantiles = [1.0, 0.9, 0.5, 0.99]
+    errors = [
+        (
+            w
+            - dequantize_rows(
+                quantize_rows(w, RowGrid(clip="quantile", clip_quantile=p, scale_floor=None))
+            )
+        )
+        .square()
+        .mean()
+        .item()
+        for p in quantiles
+    ]
+    grid = RowGrid(clip="search", search_quantiles=quantiles, scale_floor=None)
+    found = (w - dequantize_rows(quantize_rows(w, grid))).square().mean().item()
+    assert found == pytest.approx(min(errors))
+    assert sorted(errors)[1] > 1.01 * min(errors)

@@ -19,6 +19,9 @@ def test_a_run_has_its_figures(make_run):
 
 
 def test_the_verdict_is_that_of_the_report(make_run):
+    early = {"legal": True, "verdict": "legal", "not_judged": ["a", "b"]}
+    (run,) = read_runs([make_run("early", 1, legality=early)])
+    assert run.result.legality == "not judged: a; b"
     legality = {"legal": False, "verdict": "not legal", "reasons": ["a: b"]}
     (run,) = read_runs([make_run("base", 1, legality=legality)])
     assert run.result.legality == "not legal"
