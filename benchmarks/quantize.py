@@ -1,6 +1,7 @@
 """Time of calibration, quantisation and packing: python benchmarks/quantize.py --config FILE.
 
-The recipe's model at its initialisation, or the weights of --ckpt_path (an artifact or a
+The recipe's plan of quantisation, and its large matrices rounded, with GPTQ and with balanced
+steps. The recipe's model at its initialisation, or the weights of --ckpt_path (an artifact or a
 checkpoint), made-up tokens, one device, no Trainer. Seconds and sizes as JSON on the last line;
 sizes mean something with --ckpt_path alone.
 """
@@ -9,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +21,16 @@ from timing import wait
 from pgl.artifact import CODECS, fit_to_limit, pack_model
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
 from pgl.artifact.codecs import compress, decompress
+from pgl.artifact.entropy import predicted_bytes
+from pgl.artifact.size import order0_bytes
 from pgl.artifact.streams import code_layout, make_table, plan_streams, to_streams
 from pgl.generate import generate_batch
 from pgl.module import GolfModule
 from pgl.quant import (
     Calibration,
-    GPTQConfig,
     QuantConfig,
     StateQuantizer,
     StoredTensor,
-    TensorRule,
     collect_hessians,
     collect_output_energies,
 )
@@ -70,12 +72,7 @@ def main() -> None:
     ids = torch.randint(module.gpt_config.vocab_size, (options.sequences, seq_len + 1))
     watch = Stopwatch(device)
 
-    rule = TensorRule(method="gptq")
-    plans = {
-        "round": QuantConfig(),
-        "gptq": QuantConfig(rule, rule),
-        "balanced": QuantConfig(rule, rule, gptq=GPTQConfig(steps="balanced")),
-    }
+    plans = _variants(_quant_config(recipe))
     with torch.autocast(device.type, torch.bfloat16):
         calibration = _calibrate(watch, gpt, ids, device)
         if options.sample_sequences:
@@ -105,10 +102,38 @@ def main() -> None:
         "calibration_tokens": options.sequences * seq_len,
         "seconds": watch.seconds,
         "code_bytes": sizes,
+        "code_entropy_bytes": _entropies(stored),
         "step_factor": round(fit.step_factor, 4),
         "packs": [attempt.total_bytes for attempt in fit.attempts],
     }
     print(json.dumps(result))
+
+
+def _quant_config(recipe: dict[str, Any]) -> QuantConfig:
+    parser = ArgumentParser()
+    parser.add_class_arguments(QuantConfig, "quant", instantiate=True)
+    quant = (recipe.get("artifact") or {}).get("quant") or {}
+    return parser.instantiate(parser.parse_object({"quant": quant})).quant
+
+
+def _variants(plan: QuantConfig) -> dict[str, QuantConfig]:
+    """The recipe's plan, last, and what differs from it in the method of the large matrices."""
+
+    def with_method(method: str, **gptq: str) -> QuantConfig:
+        return replace(
+            plan,
+            attention=replace(plan.attention, method=method),
+            mlp=replace(plan.mlp, method=method),
+            gptq=replace(plan.gptq, **gptq),
+        )
+
+    variants = {
+        "round": with_method("round"),
+        "gptq": with_method("gptq", steps="grid"),
+        "balanced": with_method("gptq", steps="balanced", select_by="mse"),
+    }
+    distinct = {name: variant for name, variant in variants.items() if variant != plan}
+    return {**distinct, "recipe": plan}
 
 
 def _module(recipe: dict[str, Any], ckpt_path: str | None) -> GolfModule:
@@ -135,6 +160,22 @@ def _calibrate(
         lambda: collect_output_energies(gpt, batches, device, gpt.token_losses),
     )
     return Calibration(hessians, energies)
+
+
+def _entropies(stored: dict[str, StoredTensor]) -> dict[str, int]:
+    """Bytes of the streams of codes: entropy without context, and what rans' model predicts."""
+    table = make_table(stored)
+    raw, plans = to_streams(table, stored), plan_streams(table)
+    names = [name for name, plan in plans.items() if plan.is_codes]
+    entropies = {
+        "order0": round(sum(order0_bytes(raw[name]) for name in names)),
+        "rans_predicts": round(
+            sum(predicted_bytes(raw[name], code_layout(plans[name])) for name in names)
+        ),
+    }
+    for name, num_bytes in entropies.items():
+        print(f"{name:<24}{num_bytes:>13,} bytes")
+    return entropies
 
 
 def _codec(watch: Stopwatch, codec: str, stored: dict[str, StoredTensor]) -> int:

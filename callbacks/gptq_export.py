@@ -340,6 +340,7 @@ def _group_row(group: GroupSize, error: QuantizationError | None) -> dict[str, A
         "parameters": group.parameters,
         "packed_bytes": group.packed_bytes,
         "bits_per_weight": round(group.bits_per_weight, 4),
+        "order0_bits_per_weight": round(group.order0_bits_per_weight, 4),
         "kinds": list(group.kinds),
         "codecs": list(group.codecs),
         "relative_error": None if error is None else round(error.relative, 6),

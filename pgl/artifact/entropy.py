@@ -57,10 +57,8 @@ def encode(data: bytes, layout: Layout) -> bytes:
         raise ValueError(f"{codes_N.size} codes do not fill a layout of {num_codes}")
     if not codes_N.size:
         return b""
-    low = int(codes_N.min())
-    num_symbols = int(codes_N.max()) - low + 1
-    symbols_N = (codes_N - np.int16(low)).astype(np.uint8)
-    levels, side = _choose_levels(codes_N, symbols_N, num_symbols, layout)
+    low, symbols_N, num_symbols = _symbols(codes_N)
+    levels, side, _ = _choose_levels(codes_N, symbols_N, num_symbols, layout)
     class_N = _classes(levels, layout)
     tables = _frequencies(_count(class_N, symbols_N, num_symbols))
     state_L, words = encode_lanes(symbols_N, class_N, tables)
@@ -99,10 +97,25 @@ def decode(data: bytes, num_bytes: int, layout: Layout) -> bytes:
     return (symbols_N.astype(np.int16) + low).astype(np.int8).tobytes()
 
 
+def predicted_bytes(data: bytes, layout: Layout) -> float:
+    """Return what :func:`encode`'s model of the codes takes, tables included, without coding."""
+    codes_N = np.frombuffer(data, dtype=np.int8)
+    if not codes_N.size:
+        return 0.0
+    _, symbols_N, num_symbols = _symbols(codes_N)
+    return _choose_levels(codes_N, symbols_N, num_symbols, layout)[2]
+
+
+def _symbols(codes_N: NDArray[np.int8]) -> tuple[int, NDArray[np.uint8], int]:
+    """Smallest code, codes counted from it, and how many symbols that makes."""
+    low = int(codes_N.min())
+    return low, (codes_N - np.int16(low)).astype(np.uint8), int(codes_N.max()) - low + 1
+
+
 def _choose_levels(
     codes_N: NDArray[np.int8], symbols_N: NDArray[np.uint8], num_symbols: int, layout: Layout
-) -> tuple[NDArray[np.int8], bytes]:
-    """Return the levels, only as fine as pays for what they take, and the side information."""
+) -> tuple[NDArray[np.int8], bytes, float]:
+    """Return levels only as fine as pays for what they take, side information, bytes of all."""
     spreads = [_measure_spread(matrix_RC) for matrix_RC in _matrices(codes_N, layout)]
     best_bits, best = math.inf, (np.empty(0, dtype=np.int8), b"")
     for row_steps, column_steps in itertools.product((0, 2, 4), repeat=2):
@@ -118,7 +131,7 @@ def _choose_levels(
         bits = float((count_KS * code_bits_KS).sum()) + 8 * len(side)
         if bits < best_bits:
             best_bits, best = bits, (levels, side)
-    return best
+    return *best, best_bits / 8
 
 
 def _matrices(codes_N: NDArray[np.int8], layout: Layout) -> Iterator[NDArray[np.int8]]:

@@ -171,9 +171,17 @@ class _Search:
         found_bytes = code_bytes(stored)
         num_codes = sum(t.data.numel() for t in stored.values() if t.scale_R is not None)
         slope = -num_codes / 8  # of a fine grid: one bit for each code and octave
+        fine = coarse = None  # the last guesses on either side of the wanted entropy
         for _ in range(MAX_GUESSES):
             if abs(found_bytes - wanted_bytes) <= tolerance_bytes or not num_codes:
                 break
+            if found_bytes > wanted_bytes:
+                fine = octaves, found_bytes
+            else:
+                coarse = octaves, found_bytes
+            if fine is not None and coarse is not None:
+                # Where float16 rounds the steps of many rows at once the slope is no guide.
+                slope = min((coarse[1] - fine[1]) / (coarse[0] - fine[0]), -num_codes / 800)
             guess = octaves + (max(wanted_bytes, 0) - found_bytes) / slope
             guess = max(min(guess, MAX_OCTAVES), -MAX_OCTAVES)
             if guess == octaves:

@@ -1,7 +1,7 @@
 """rANS with many interleaved states, so that numpy codes one symbol of every lane at a time.
 
 Duda, arXiv:1311.2540. Symbol i belongs to lane i mod L and step i // L. 26 million symbols take
-half a second to decode on one core, short streams less than 0.1 s.
+a second to decode on one core, a stream of 131,072 symbols 0.05 s.
 
 Shape legend: K classes, S symbols, L lanes, N symbols of a stream.
 """

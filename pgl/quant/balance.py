@@ -26,7 +26,7 @@ REFERENCE_STEP = 1 / 31  # geometric mean of a model's steps at factor 1: the PR
 STEPS_PER_OCTAVE = 8  # coarser steps of the steps cost error, finer ones bytes
 SMALLEST_ENERGY = 1e-3  # in units of the matrix's mean: an output that never mattered may yet do
 SMALLEST_MEAN_ENERGY = 1e-30
-LIVE_OCTAVES = 10.0  # a matrix with steps coarser than the finest's by more has no say in the mean
+LIVE_OCTAVES = 20.0  # a matrix with steps coarser than the finest's by more has no say in the mean
 MAX_OCTAVES_FROM_MEAN = 8.0
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import lzma
 import random
+import struct
 import time
 import zlib
 
@@ -113,15 +114,59 @@ def test_smaller_than_the_general_codecs_on_codes_of_a_trained_kind():
 def test_as_long_as_its_model_predicts():
     matrices = [trained_like(), gaussian(512, 512, 0.1)]
     codes = np.concatenate([matrix.ravel() for matrix in matrices])
-    low = int(codes.min())
-    symbols = (codes - np.int16(low)).astype(np.uint8)
     layout = [matrix.shape for matrix in matrices]
-    levels, side = entropy._choose_levels(codes, symbols, int(symbols.max()) + 1, layout)
+    low, symbols, num_symbols = entropy._symbols(codes)
+    assert (symbols.astype(int) + low == codes).all()
+    levels, side, _ = entropy._choose_levels(codes, symbols, num_symbols, layout)
     class_N = entropy._classes(levels, layout)
-    tables = entropy._frequencies(entropy._count(class_N, symbols, int(symbols.max()) + 1))
+    tables = entropy._frequencies(entropy._count(class_N, symbols, num_symbols))
     share = tables.frequency_KS[class_N, symbols] / TOTAL
     predicted_bytes = -np.log2(share).sum() / 8 + len(side)
     assert predicted_bytes < len(round_trip(*matrices)) < 1.01 * predicted_bytes
+    assert entropy.predicted_bytes(codes.tobytes(), layout) == pytest.approx(predicted_bytes)
+
+
+def decode_as_documented(packed, layout):
+    """Decode with nothing but docs/artifact.md: one code at a time, Python's integers."""
+    low, last_symbol, side_bytes, num_words = struct.unpack_from("<bBII", packed)
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 22}]
+    side = lzma.decompress(packed[10 : 10 + side_bytes], lzma.FORMAT_RAW, filters=filters)
+    signed = [byte - 256 if byte > 127 else byte for byte in side]
+    sums, place = [], 0
+    for rows, columns in layout:
+        row_levels = signed[place : place + rows]
+        column_levels = signed[place + rows : place + rows + columns]
+        sums += [row + column for row in row_levels for column in column_levels]
+        place += rows + columns
+    number = {value: k for k, value in enumerate(sorted(set(sums)))}
+    size = len(number) * (last_symbol + 1)
+    frequency = [side[place + i] + 256 * side[place + size + i] for i in range(size)]
+    lanes = max(1, min(len(sums) // 2048, 2048))
+    x = list(struct.unpack_from(f"<{lanes}I", packed, 10 + side_bytes))
+    words = iter(struct.unpack_from(f"<{num_words}H", packed, 10 + side_bytes + 4 * lanes))
+    codes = []
+    for i, value in enumerate(sums):
+        first = number[value] * (last_symbol + 1)
+        slot, lane, start, s = x[i % lanes] % 2**14, i % lanes, 0, 0
+        while start + frequency[first + s] <= slot:
+            start += frequency[first + s]
+            s += 1
+        codes.append(low + s)
+        x[lane] = frequency[first + s] * (x[lane] // 2**14) + slot - start
+        if x[lane] < 2**16:
+            x[lane] = x[lane] * 2**16 + next(words)
+    assert x == [2**16] * lanes
+    assert next(words, None) is None
+    return np.array(codes, dtype=np.int8).tobytes()
+
+
+def test_the_documented_layout():
+    rng = np.random.default_rng(5)
+    by_row = 0.1 * 2 ** rng.normal(0, 0.7, 80)
+    matrices = [gaussian(80, 64, by_row, columns_too=2 ** rng.normal(0, 1, 64)), gaussian(9, 7, 1)]
+    layout = [matrix.shape for matrix in matrices]
+    data = b"".join(matrix.tobytes() for matrix in matrices)
+    assert decode_as_documented(encode(data, layout), layout) == data
 
 
 def test_a_layout_of_other_codes_is_refused():

@@ -185,9 +185,7 @@ def test_gptq_pruning_and_sliding_windows_are_listed_if_they_acted():
     artifact.exported = SimpleNamespace(state_dict=module.gpt.state_dict())
     validation.scores = [SimpleNamespace(weights="quantised", windows="sliding")]
     table = rows(module, artifact=artifact, validation=validation)
-    assert table["GPTQ"]["setting"] == (
-        "mlp; steps grid; search off; 16 calibration sequences"
-    )
+    assert table["GPTQ"]["setting"] == "mlp; steps grid; search off; 16 calibration sequences"
     assert table["GPTQ"]["acted"] == "on 8 matrices at export"  # up and down in 4 layers
     assert table["pruning"]["acted"] == "on 8 matrices at export"
     assert table["sliding-window scoring"]["setting"] == "stride of 16 in windows of 64 tokens"

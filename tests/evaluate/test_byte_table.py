@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgl.evaluate import ByteTable
+from pgl.evaluate.byte_table import check_space_convention
 
 
 def naive_bytes(table: ByteTable, previous: int, target: int) -> int:
@@ -112,3 +113,29 @@ def test_a_piece_counts_its_bytes_not_its_characters(train_tokenizer):
     assert any(not piece.isascii() and "é" in piece for piece in pieces)
     expected = [len(piece.removeprefix("\u2581").encode()) for piece in pieces]
     assert counted[260:].tolist() == expected
+
+
+@pytest.mark.parametrize("piece", ["a\u2581", "\u2581\u2581", "ab\u2581c"])
+def test_a_space_anywhere_behind_the_first_character_is_refused(piece):
+    class Pieces:
+        texts = ("<unk>", "\u2581", piece)
+
+        def vocab_size(self):
+            return len(self.texts)
+
+        def piece_to_id(self, text):
+            return self.texts.index(text)
+
+        def id_to_piece(self, token):
+            return self.texts[token]
+
+        def is_unknown(self, token):
+            return token == 0
+
+        def is_control(self, token):
+            return False
+
+        is_unused = is_control
+
+    with pytest.raises(ValueError, match=r"U\+2581 after its first character"):
+        check_space_convention(Pieces(), "made-up.model")

@@ -100,7 +100,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], list[tuple[str, str]]]] = {
             ("is_boundary_V = np.ones(", "is_boundary_V = np.zeros("),
             ("base_bytes_V[token] = 1", "base_bytes_V[token] = 6"),
             ("len(piece.removeprefix(SPACE_MARK).encode())", "len(piece.removeprefix(SPACE_MARK))"),
-            ("if SPACE_MARK in piece[1:] and", "if SPACE_MARK in piece[9:] and"),
+            ("if SPACE_MARK in piece[1:] and", "if SPACE_MARK in piece[2:] and"),
         ],
     ),
     "pgl/evaluate/windows.py": (
