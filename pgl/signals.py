@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a wish that a run grants between two optimizer steps."""
 
 import signal
+import time
 from types import FrameType
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 1.0
 
 
 class StopSignals(_SignalConnector):
@@ -21,13 +23,15 @@ class StopSignals(_SignalConnector):
     once per optimizer step and on the CPU; :class:`callbacks.RunCheckpoint` saves and raises
     Lightning's exception, on all ranks at the same step.
 
-    A second Ctrl-C does not wait for the step.
+    A second signal does not wait for the step. A second SIGTERM counts from one second after the
+    first on: senders such as ``timeout`` address a process and its group, and it gets two.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
         self.requested = 0
         """Number of the signal that this process got; 0 for none."""
+        self._requested_at = 0.0
         self.deferred = False
         """Whether somebody acts on ``requested`` at the end of each step."""
 
@@ -39,8 +43,11 @@ class StopSignals(_SignalConnector):
             self._register_signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        again = signum == signal.SIGINT and self.requested == signal.SIGINT
-        if self.deferred and not again:
+        now = time.monotonic()
+        both_ctrl_c = signum == signal.SIGINT and self.requested == signal.SIGINT
+        late = self.requested != 0 and now > self._requested_at + SAME_SIGNAL_SECONDS
+        if self.deferred and not (both_ctrl_c or late):
+            self._requested_at = self._requested_at if self.requested else now
             self.requested = max(self.requested, signum)
             return
         launcher = self.trainer.strategy.launcher

@@ -38,6 +38,19 @@ def test_a_signal_outside_of_steps_or_a_second_ctrl_c_ends_all_processes(deferre
     assert killed == [signal.SIGKILL]
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigterm_ends_all_processes_unless_it_is_the_first_ones_twin(monkeypatch, first):
+    clock = iter([100.0, 100.5, 101.5])
+    monkeypatch.setattr("pgl.signals.time.monotonic", lambda: next(clock))
+    signals, killed = handling(deferred=True)
+    signals._on_signal(first, None)
+    signals._on_signal(signal.SIGTERM, None)
+    assert not killed
+    with pytest.raises(SIGTERMException):
+        signals._on_signal(signal.SIGTERM, None)
+    assert killed == [signal.SIGKILL]
+
+
 def test_sigterm_ends_with_its_usual_exit_status():
     error = stop_error(signal.SIGTERM)
     assert isinstance(error, SIGTERMException)
