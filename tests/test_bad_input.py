@@ -27,6 +27,7 @@ SKIPPED = (
 LOUDER_WORDS = {
     # The message is about the setting that contradicts the one given.
     "trainer.max_time": ("duration",),
+    "artifact.limit_bytes": ("folder for the run",),  # no room on the disk
     "averaging.swa": ("every_steps", "start_scale", "keep", "every_fraction"),
 }
 """What the line may say in place of the option's own name."""

@@ -99,9 +99,6 @@ def refusal(load: Callable[[Path], object], path: Path) -> str | None:
     return None
 
 
-@pytest.mark.xfail(
-    reason="torch.load lets UnicodeDecodeError, KeyError, IndexError and its own ValueError through"
-)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_checkpoint_is_named_or_reads_as_plain_values(seed, checkpoint_bytes, tmp_path):
     path, rng = tmp_path / "damaged.ckpt", random.Random(seed)

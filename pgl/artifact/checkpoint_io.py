@@ -15,6 +15,18 @@ from pgl.artifact.model_config import config_to_dict
 from pgl.io import atomic_write
 
 
+# What torch.load raises for damaged files.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    zipfile.BadZipFile,
+)
+
+
 class GolfCheckpointIO(TorchCheckpointIO):
     """Writes Lightning checkpoints atomically; reads them and pgl artifacts alike.
 
@@ -49,7 +61,7 @@ class GolfCheckpointIO(TorchCheckpointIO):
             return _as_checkpoint(path)
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(
                 f"ckpt_path {path} is neither a whole Lightning checkpoint of plain values nor a "
                 "pgl artifact"
