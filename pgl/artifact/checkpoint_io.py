@@ -14,7 +14,6 @@ from pgl.artifact import is_artifact, load
 from pgl.artifact.model_config import config_to_dict
 from pgl.io import atomic_write
 
-
 # What torch.load raises for damaged files.
 UNREADABLE = (
     pickle.UnpicklingError,
