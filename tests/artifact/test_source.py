@@ -15,4 +15,4 @@ def test_imports_are_followed():
 
 
 def test_other_roots():
-    assert set(source_files(("pgl.io",))) == {"pgl/__init__.py", "pgl/io.py"}
+    assert set(source_files(("pgl.io",))) == {"pgl/__init__.py", "pgl/errors.py", "pgl/io.py"}

@@ -28,6 +28,7 @@ CONFIG = GPTConfig(
 
 @pytest.fixture
 def use_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    torch._dynamo.reset()  # each layer that is changed compiles anew, and their number is limited
     if kernel_device.type == "cpu":
         from pgl.kernels import squared_mlp
 
