@@ -156,6 +156,7 @@ class Attention(nn.Module):
         value_embedding_BTC: Tensor | None = None,
         first_v_BTKD: Tensor | None = None,
         last: int | None = None,
+        out_gain_E: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -166,6 +167,7 @@ class Attention(nn.Module):
             value_embedding_BTC: What the shared value embedding adds to the values.
             first_v_BTKD: The first layer's values, for the value residual.
             last: Queries and output of this many last positions only.
+            out_gain_E: Gain of the output per dimension.
 
         Returns:
             The output (B, last or T, E) and this layer's values (B, T, K, D).
@@ -184,7 +186,7 @@ class Attention(nn.Module):
             y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:
             y_BTHD = self.gate(x_BTE[:, -y_BTHD.size(1) :]) * y_BTHD
-        return self.proj(y_BTHD.flatten(2)), v_BTKD
+        return self.proj(y_BTHD.flatten(2), out_gain_E), v_BTKD
 
     def _queries_and_keys(
         self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], last: int | None

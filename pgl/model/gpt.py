@@ -67,9 +67,7 @@ class Block(nn.Module):
         last positions go on: they read the keys and values of all. The other arguments are those
         of :meth:`Attention.forward`.
         """
-        x_BTE, h_BTE = self._mix_norm(x_BTE, x0_BTE)
-        if cached_BTE is not None:
-            _, h_BTE = self._mix_norm(cached_BTE, x0_BTE)
+        x_BTE, h_BTE = self._mix_norm(x_BTE, cached_BTE, x0_BTE)
         attn_BTE, v_BTKD = self.attn(
             h_BTE,
             rotary,
@@ -77,31 +75,44 @@ class Block(nn.Module):
             value_embedding_BTC,
             first_v_BTKD,
             last,
+            self.attn_scale,
         )
         if last is not None:
             x_BTE = x_BTE[:, -last:]
-        x_BTE, h_BTE = self._add_norm(x_BTE, attn_BTE, None, self.attn_scale)
-        x_BTE = x_BTE + self.mlp_scale.to(x_BTE.dtype) * self.mlp(h_BTE)
-        return x_BTE, v_BTKD
+        x_BTE, h_BTE = self._add_norm(x_BTE, attn_BTE)
+        return x_BTE + self.mlp(h_BTE, self.mlp_scale), v_BTKD
 
-    def _mix_norm(self, x_BTE: Tensor, x0_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stream mixed with x0, and what attention reads of it."""
-        if self.resid_mix is None:
-            return x_BTE, self.ln_scale * rms_norm(x_BTE)
-        return self._add_norm(x_BTE, x0_BTE, *self.resid_mix)
-
-    def _add_norm(
-        self, x_BTE: Tensor, y_BTE: Tensor, x_gain_E: Tensor | None, y_gain_E: Tensor
+    def _mix_norm(
+        self, x_BTE: Tensor, cached_BTE: Tensor | None, x0_BTE: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return ``x_gain * x + y_gain * y``, and its norm times the LN scale."""
-        if self.kernels and torch.compiler.is_compiling():
-            x_NE, y_NE = x_BTE.flatten(0, 1), y_BTE.flatten(0, 1)
-            pair = torch.ops.pgl.residual_norm(x_NE, y_NE, x_gain_E, y_gain_E, self.ln_scale)
+        """Return the stream mixed with x0, and what attention reads: of it or of the cache."""
+        if self.resid_mix is None:
+            return x_BTE, self._norm(x_BTE if cached_BTE is None else cached_BTE)
+        if self._uses_kernels():
+            rows = [None if x is None else x.flatten(0, 1) for x in (x_BTE, cached_BTE, x0_BTE)]
+            pair = torch.ops.pgl.mix_norm(*rows, self.resid_mix, self.ln_scale)
             return tuple(stream_NE.view_as(x_BTE) for stream_NE in pair)
-        if x_gain_E is not None:
-            x_BTE = x_gain_E.to(x_BTE.dtype) * x_BTE
-        x_BTE = x_BTE + y_gain_E.to(x_BTE.dtype) * y_BTE
-        return x_BTE, self.ln_scale * rms_norm(x_BTE)
+        mix_2E = self.resid_mix.to(x_BTE.dtype)
+        shared_BTE = mix_2E[1] * x0_BTE
+        x_BTE = mix_2E[0] * x_BTE + shared_BTE
+        if cached_BTE is None:
+            return x_BTE, self._norm(x_BTE)
+        return x_BTE, self._norm(mix_2E[0] * cached_BTE + shared_BTE)
+
+    def _add_norm(self, x_BTE: Tensor, y_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + y``, and its norm."""
+        if self._uses_kernels():
+            x_NE, y_NE = x_BTE.flatten(0, 1), y_BTE.flatten(0, 1)
+            pair = torch.ops.pgl.residual_norm(x_NE, y_NE, self.ln_scale)
+            return tuple(stream_NE.view_as(x_BTE) for stream_NE in pair)
+        x_BTE = x_BTE + y_BTE
+        return x_BTE, self._norm(x_BTE)
+
+    def _norm(self, x_BTE: Tensor) -> Tensor:
+        return self.ln_scale * rms_norm(x_BTE)
+
+    def _uses_kernels(self) -> bool:
+        return self.kernels and torch.compiler.is_compiling()
 
 
 class GPT(nn.Module):

@@ -36,21 +36,22 @@ class MLP(nn.Module):
         self.fc = CastedLinear(config.model_dim, config.mlp_hidden)
         self.proj = CastedLinear(config.mlp_hidden, config.model_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, dim) -> (B, T, dim)."""
+    def forward(self, x: Tensor, out_gain_E: Tensor | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim), times the output's gain (dim,) if there is one."""
         if self.kernels and torch.compiler.is_compiling() and self._fits(x):
-            return self._fused(x)
+            return self._fused(x, out_gain_E)
         hidden = self.fc(x)
         if self.activation == "relu2":
-            return self.proj(relu2(hidden))
-        return self.proj(leaky_relu2(hidden, self.negative_slope))
+            return self.proj(relu2(hidden), out_gain_E)
+        return self.proj(leaky_relu2(hidden, self.negative_slope), out_gain_E)
 
     def _fits(self, x: Tensor) -> bool:
         rows = x.numel() // x.size(-1)
         return squared_mlp_fits(rows, x.size(-1), self.fc.out_features, x.dtype)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        fc, proj = (layer.compute_weight(x.dtype) for layer in (self.fc, self.proj))
+    def _fused(self, x: Tensor, out_gain_E: Tensor | None) -> Tensor:
+        fc = self.fc.compute_weight(x.dtype)
+        proj = self.proj.compute_weight(x.dtype, out_gain_E)
         slope = 0.0 if self.activation == "relu2" else self.negative_slope
         y, _, _ = torch.ops.pgl.squared_mlp(x.flatten(0, -2), fc, proj, slope)
         return y.view_as(x)
