@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from pgl.errors import RankError
@@ -16,6 +17,7 @@ from pgl.fingerprint import (
     disagreement,
     files_fingerprint,
     settings_of,
+    weights_fingerprint,
 )
 from pgl.heartbeat import Heartbeats
 
@@ -30,6 +32,7 @@ class RankWatch(Callback):
     and their code. From then on each shows a sign of life about twice a second, whatever its GPU
     does. A rank whose collective fails waits a few seconds to learn who is to blame; one that hangs
     in a collective with a dead rank ends after ``timeout_seconds``. The message names the rank.
+    When training ends the ranks compare their weights: not a bit may differ.
 
     A rank that lives but does not take part any more is a matter of the collectives' own time-out.
 
@@ -64,6 +67,12 @@ class RankWatch(Callback):
         self.heartbeats: Heartbeats | None = None
         self.error: RankError | None = None
         """Why a collective failed, once it has."""
+        self.replicas: dict[str, Any] | None = None
+        """Whether the ranks ended with the same weights; None with one process."""
+
+    def report(self) -> dict[str, Any] | None:
+        """Return the number of ranks and how their weights differ (null: not at all)."""
+        return self.replicas
 
     def limit_collectives(self, strategy: Strategy) -> None:
         """Set the collectives' time-out, before the strategy makes its process group."""
@@ -98,6 +107,20 @@ class RankWatch(Callback):
         """Called after a micro-batch: the others may know how far this rank is."""
         if self.heartbeats is not None:
             self.heartbeats.step = trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends: compare the replicas' weights."""
+        if trainer.world_size == 1:
+            return
+        hashes: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(hashes, {"weights": weights_fingerprint(pl_module)})
+        different = disagreement(hashes)
+        self.replicas = {"ranks": trainer.world_size, "different": different}
+        if different is not None:
+            rank_zero_warn(
+                f"the replicas have drifted apart, and rank 0's is exported: {different}"
+            )
 
     @override
     def on_exception(

@@ -14,6 +14,7 @@ from callbacks.find import find_callback, optional_callback
 from callbacks.gptq_export import GPTQExport
 from callbacks.legality import legality
 from callbacks.progress import print_lines
+from callbacks.rank_watch import RankWatch
 from callbacks.run_folder import run_folder
 from callbacks.sliding_window_bpb import SlidingWindowBPB
 from callbacks.techniques import techniques
@@ -76,6 +77,7 @@ class RunReport(Callback):
         machine = environment(trainer.strategy.root_device.type, trainer.world_size)
         tokens = trainer.global_step * data.batch_tokens
         guard = optional_callback(trainer, DivergenceGuard)
+        ranks = optional_callback(trainer, RankWatch)
         return {
             "name": folder.name if not folder.name.startswith("version_") else folder.parent.name,
             "training": {
@@ -99,6 +101,7 @@ class RunReport(Callback):
             ),
             "averaging": find_callback(trainer, WeightAveraging).report(),
             "divergence": None if guard is None else guard.report(),
+            "replicas": None if ranks is None else ranks.report(),
             "techniques": techniques(trainer, pl_module),
             "legality": legality(trainer, described, tokens, machine["device"]),
             "data": described,

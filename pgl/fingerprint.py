@@ -30,6 +30,16 @@ def files_fingerprint(paths: Iterable[Path]) -> Fingerprint:
     return {path.name: _ends(path) for path in paths}
 
 
+def weights_fingerprint(module: torch.nn.Module) -> Fingerprint:
+    """Return a hash of each parameter's bytes, by its name."""
+    return {
+        name: hashlib.sha256(
+            parameter.detach().cpu().flatten().view(torch.uint8).numpy()
+        ).hexdigest()
+        for name, parameter in module.named_parameters()
+    }
+
+
 def code_fingerprint() -> Fingerprint:
     """Return one hash of the source of ``pgl`` and ``callbacks``, and the versions they run on."""
     root = Path(pgl.__file__).resolve().parent.parent

@@ -64,7 +64,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"| {name} | {phase['seconds']:.2f} | {'yes' if phase['counts'] else 'no'} |"
         for name, phase in report["budget"]["phases"].items()
     ]
-    lines += ["", *_within_budget(report), *_size(report), "## Techniques", ""]
+    lines += ["", *_within_budget(report), *_replicas(report), *_size(report), "## Techniques", ""]
     lines += ["| technique | setting | acted |", "|---|---|---|"]
     lines += [
         f"| {row['technique']} | {row['setting']} | {row['acted']} |"
@@ -89,7 +89,7 @@ def summary(report: dict[str, Any]) -> str:
         limit = artifact["limit_bytes"]
         of_limit = f" of {limit:,}" if limit else ""
         lines.append(f"  artifact   {artifact['total_bytes']:,}{of_limit} bytes")
-    lines += [f"  {line}" for line in _lost(report)]
+    lines += [f"  {line}" for line in [*_lost(report), *_replicas(report)]]
     if "legality" in report:
         lines.append(f"  score      {legality_line(report['legality'])}")
     return "\n".join(lines)
@@ -177,6 +177,15 @@ def _lost(report: dict[str, Any]) -> list[str]:
         f"Quantisation: {lost['bpb_before']:.6f} bits per byte before, {lost['bpb_after']:.6f} "
         f"after, {lost['bpb_lost']:+.6f}."
     ]
+
+
+def _replicas(report: dict[str, Any]) -> list[str]:
+    replicas = report.get("replicas")
+    if replicas is None:
+        return []
+    different = replicas["different"]
+    verdict = "identical to the last bit" if different is None else f"NOT identical: {different}"
+    return [f"The weights of the {replicas['ranks']} replicas are {verdict}."]
 
 
 def _short(value: Any) -> str:

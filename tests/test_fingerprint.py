@@ -1,7 +1,15 @@
 """What ranks compare when they start."""
 
+import torch
+
 from callbacks import WallClockBudget
-from pgl.fingerprint import code_fingerprint, disagreement, files_fingerprint, settings_of
+from pgl.fingerprint import (
+    code_fingerprint,
+    disagreement,
+    files_fingerprint,
+    settings_of,
+    weights_fingerprint,
+)
 
 
 def test_settings_are_the_constructors_arguments():
@@ -26,6 +34,16 @@ def test_files_differ_by_length_and_by_either_end(tmp_path):
         (tmp_path / folder / "x.bin").write_bytes(content[:1] + bytes(200_000) + content[1:])
         prints.add(files_fingerprint([tmp_path / folder / "x.bin"])["x.bin"])
     assert len(prints) == 4
+
+
+def test_the_smallest_change_of_one_weight_shows():
+    module = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    before = weights_fingerprint(module)
+    assert before == weights_fingerprint(module)
+    with torch.no_grad():
+        module.bias[1] = torch.nextafter(module.bias[1], torch.tensor(9.0, dtype=torch.bfloat16))
+    after = weights_fingerprint(module)
+    assert [name for name in before if before[name] != after[name]] == ["bias"]
 
 
 def test_the_code_has_a_version():

@@ -46,6 +46,14 @@ class BadLossOnOneRank(Callback):
         pl_module._training_loss = loss
 
 
+class ChangeOneWeight(Callback):
+    """Lets rank 1 drift from the others behind the last step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 6:
+            pl_module.gpt.smear.gate.data[3] += 1e-3
+
+
 def fail() -> None:
     raise LookupError("no such luck")
 
@@ -109,3 +117,9 @@ def differing(folder: Path, source: Source, what: str) -> None:
             rank_watch.code_fingerprint = lambda: {**original(), "source": "another"}
     run = fit(folder / "run", source, expected=(RankError,), **settings)
     (folder / f"rank{run.trainer.global_rank}.txt").write_text(str(run.error))
+
+
+def drifting(folder: Path, source: Source) -> None:
+    """Rank 1 changes one weight of its own in the last step."""
+    run = fit(folder / "run", source, extra=(ChangeOneWeight(),))
+    torch.save(run.summary(), folder / f"drifting.{run.trainer.global_rank}.pt")

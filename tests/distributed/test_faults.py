@@ -98,3 +98,12 @@ def test_ranks_that_differ_refuse_to_start(tmp_path, source, what, says):
         assert says in text
         assert "on rank 1" in text
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_replicas_that_drifted_apart_are_reported(tmp_path, source):
+    assert in_ranks(2, faults.drifting, tmp_path, source) == [0, 0]
+    replicas = results(tmp_path, "drifting")[0]["report"]["replicas"]
+    assert replicas["ranks"] == 2
+    assert "weights gpt.smear.gate" in replicas["different"]
+    assert "on rank 1" in replicas["different"]
+    assert "NOT identical" in (tmp_path / "run" / "report.md").read_text()

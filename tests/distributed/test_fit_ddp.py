@@ -98,6 +98,11 @@ def test_the_report_names_two_devices(ddp):
     assert report["training"]["tokens"] == 6 * 256
 
 
+def test_the_report_says_that_the_replicas_are_identical(ddp):
+    assert results(ddp, "whole")[0]["report"]["replicas"] == {"ranks": 2, "different": None}
+    assert "replicas are identical to the last bit" in (ddp / "whole" / "report.md").read_text()
+
+
 def test_ranks_share_clock_and_learning_rates(ddp):
     for name in ("whole", "seconds"):
         first, second = results(ddp, name)
