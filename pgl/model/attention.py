@@ -172,14 +172,18 @@ class Attention(nn.Module):
         Returns:
             The output (B, last or T, E) and this layer's values (B, T, K, D).
         """
-        v_BTKD = v_read_BTKD = self._values(x_BTE, value_embedding_BTC, first_v_BTKD)
+        if self._fuses(last):
+            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary, value_embedding_BTC)
+        else:
+            q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
+            v_BTKD = self._values(x_BTE, value_embedding_BTC)
+        if self.value_mix is not None:
+            mix_2 = self.value_mix.to(v_BTKD.dtype)
+            v_BTKD = mix_2[0] * first_v_BTKD + mix_2[1] * v_BTKD
+        v_read_BTKD = v_BTKD
         if last is not None:
             v_read_BTKD = v_BTKD[:, -last:]
             mask_B1TT = None if mask_B1TT is None else mask_B1TT[:, :, -last:]
-        if self._fuses_queries_and_keys(last):
-            q_BTHD, k_BTKD = self._fused_queries_and_keys(x_BTE, rotary)
-        else:
-            q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
 
         y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend)
         if self.exclusive:
@@ -204,30 +208,25 @@ class Attention(nn.Module):
             q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
         return q_BTHD, k_BTKD
 
-    def _fuses_queries_and_keys(self, last: int | None) -> bool:
+    def _values(self, x_BTE: Tensor, value_embedding_BTC: Tensor | None) -> Tensor:
+        v_BTC = self.c_v(x_BTE)
+        if value_embedding_BTC is not None:
+            v_BTC = v_BTC + value_embedding_BTC
+        return v_BTC.unflatten(-1, (-1, self.head_dim))
+
+    def _fuses(self, last: int | None) -> bool:
         has_all_parts = self.qk_norm and self.q_gain is not None and last is None
         power_of_two = self.head_dim & (self.head_dim - 1) == 0
         return self.kernels and has_all_parts and power_of_two and torch.compiler.is_compiling()
 
-    def _fused_queries_and_keys(
-        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        # One product for both, and one pass over what it yields.
-        weights = [layer.compute_weight(x_BTE.dtype) for layer in (self.c_q, self.c_k)]
-        qk_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)
+    def _fused(
+        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], value_embedding_BTC: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        # One product for queries, keys and values, and one pass over what it yields.
+        layers = (self.c_q, self.c_k, self.c_v)
+        weights = [layer.compute_weight(x_BTE.dtype) for layer in layers]
+        qkv_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)
         kv_heads = self.c_k.out_features // self.head_dim
-        pair = torch.ops.pgl.qk_norm_rope(qk_NC, *rotary, self.q_gain, kv_heads)
-        q_BTHD, k_BTKD = (x_NHD.unflatten(0, x_BTE.shape[:2]) for x_NHD in pair)
-        return q_BTHD, k_BTKD
-
-    def _values(
-        self, x_BTE: Tensor, value_embedding_BTC: Tensor | None, first_v_BTKD: Tensor | None
-    ) -> Tensor:
-        v_BTC = self.c_v(x_BTE)
-        if value_embedding_BTC is not None:
-            v_BTC = v_BTC + value_embedding_BTC
-        v_BTKD = v_BTC.unflatten(-1, (-1, self.head_dim))
-        if self.value_mix is not None:
-            mix_2 = self.value_mix.to(v_BTKD.dtype)
-            v_BTKD = mix_2[0] * first_v_BTKD + mix_2[1] * v_BTKD
-        return v_BTKD
+        extra_v_NC = None if value_embedding_BTC is None else value_embedding_BTC.flatten(0, 1)
+        parts = torch.ops.pgl.qkv_norm_rope(qkv_NC, *rotary, self.q_gain, kv_heads, extra_v_NC)
+        return tuple(x_NHD.unflatten(0, x_BTE.shape[:2]) for x_NHD in parts)

@@ -12,7 +12,7 @@ CONFIG = GPTConfig(
     model_dim=64,
     num_heads=4,
     num_kv_heads=2,
-    mlp_hidden=96,
+    mlp_hidden=256,
     mlp_activation="leaky_relu2",
     xsa_last_layers=1,
     cache_layer=1,
@@ -82,11 +82,13 @@ def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None
         graphs.append(graph)
         return graph
 
-    ids_BT = torch.randint(1024, (2, 16), device=use_kernels)
-    with torch.no_grad():
+    ids_BT = torch.randint(1024, (2, 64), device=use_kernels)
+    # On a GPU the MLP's kernel takes 16-bit tensors only.
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=use_kernels.type == "cuda")
+    with torch.no_grad(), autocast:
         torch.compile(gpt.token_losses, backend=keep, fullgraph=True)(ids_BT, ids_BT)
     names = {call.split(".")[1] for call in calls_of(graphs)}
-    assert names == {"qk_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
+    assert names == {"qkv_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
 
 
 def test_kernels_off_leaves_them_out(
@@ -105,7 +107,7 @@ def test_fake_quantisation_reaches_the_products_of_the_kernels(use_kernels: torc
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         exact_BT = compiled(ids_BT, ids_BT)
-        for name in ("attn.c_q", "attn.c_k", "mlp.fc", "mlp.proj"):
+        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "mlp.fc", "mlp.proj"):
             layer = gpt.blocks[0].get_submodule(name)
             layer.qat_clip = 7
             changed_BT = compiled(ids_BT, ids_BT)

@@ -1,0 +1,65 @@
+"""Fused queries, keys and values against norm, rotation, gain and addition one after the other."""
+
+import pytest
+import torch
+
+from pgl.model.norm import rms_norm
+from pgl.model.rotary import apply_rotary, rotary_table
+
+# Rows times heads of a kind: 36 times 3 and 1, no multiple of a program's block.
+SEQUENCES, LENGTH, HEADS, KEY_HEADS, DIM = 3, 12, 3, 1, 16
+COLUMNS = (HEADS + 2 * KEY_HEADS) * DIM
+
+
+@pytest.mark.parametrize("rotated_dims", [8, 12, 16])
+@pytest.mark.parametrize("has_extra", [False, True])
+def test_equals_the_plain_operations_forward_and_backward(
+    kernel_device: torch.device, rotated_dims: int, has_extra: bool
+) -> None:
+    from pgl.kernels.qkv_norm_rope import qkv_norm_rope
+
+    torch.manual_seed(0)
+    rows = SEQUENCES * LENGTH
+    x_NC = torch.randn(rows, COLUMNS, device=kernel_device, requires_grad=True)
+    gain_H = (torch.rand(HEADS, device=kernel_device) + 0.5).requires_grad_()
+    extra_NC = torch.randn(rows, KEY_HEADS * DIM, device=kernel_device, requires_grad=True)
+    rotary = rotary_table(LENGTH, 10000.0, rotated_dims, 16, kernel_device)
+
+    fused = qkv_norm_rope(x_NC, *rotary, gain_H, KEY_HEADS, extra_NC if has_extra else None)
+    heads = x_NC.view(SEQUENCES, LENGTH, -1, DIM).split((HEADS, KEY_HEADS, KEY_HEADS), dim=2)
+    q, k = (apply_rotary(rms_norm(x), *rotary) for x in heads[:2])
+    v = heads[2] + extra_NC.view_as(heads[2]) if has_extra else heads[2]
+    plain = [tensor.flatten(0, 1) for tensor in (q * gain_H[:, None], k, v)]
+
+    inputs = (x_NC, gain_H, extra_NC) if has_extra else (x_NC, gain_H)
+    upstream = [torch.randn_like(tensor) for tensor in fused]
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(fused, inputs, upstream)
+    theirs = torch.autograd.grad(plain, inputs, upstream)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_values_are_rounded_as_the_plain_sum(kernel_device: torch.device) -> None:
+    from pgl.kernels.qkv_norm_rope import qkv_norm_rope
+
+    # Not in bfloat16, which Triton's interpreter rounds in its own way.
+    x_NC = torch.randn(LENGTH, COLUMNS, device=kernel_device).half()
+    extra_NC = torch.randn(LENGTH, KEY_HEADS * DIM, device=kernel_device).half()
+    rotary = rotary_table(LENGTH, 10000.0, 8, 16, kernel_device)
+    gain_H = torch.ones(HEADS, device=kernel_device)
+    _, _, v_NKD = qkv_norm_rope(x_NC, *rotary, gain_H, KEY_HEADS, extra_NC)
+    assert torch.equal(v_NKD.flatten(1), x_NC[:, -KEY_HEADS * DIM :] + extra_NC)
+
+
+@pytest.mark.parametrize("has_extra", [False, True])
+def test_the_operator_is_well_formed(kernel_device: torch.device, has_extra: bool) -> None:
+    from pgl.kernels.qkv_norm_rope import qkv_norm_rope
+
+    x_NC = torch.randn(LENGTH, COLUMNS, device=kernel_device, requires_grad=True)
+    rotary = rotary_table(LENGTH, 10000.0, 8, 16, kernel_device)
+    gain_H = torch.ones(HEADS, device=kernel_device, requires_grad=True)
+    extra_NC = torch.randn(LENGTH, KEY_HEADS * DIM, device=kernel_device, requires_grad=True)
+    extra_NC = extra_NC if has_extra else None
+    torch.library.opcheck(qkv_norm_rope, (x_NC, *rotary, gain_H, KEY_HEADS, extra_NC))
