@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pgl.artifact import save
 from pgl.model import GPT, GPTConfig
 from pgl.quant import QuantConfig, quantize_state
 
@@ -33,3 +34,21 @@ def tiny_state(tiny_config):
 @pytest.fixture(scope="session")
 def tiny_stored(tiny_state):
     return quantize_state(tiny_state, QuantConfig(passthrough_max_numel=150))
+
+
+@pytest.fixture(scope="session")
+def pack_tiny(tmp_path_factory, tiny_config, tiny_stored):
+    """Give the bytes of the tiny model's artifact, packed with a codec."""
+
+    def pack(codec):
+        path = tmp_path_factory.mktemp("artifact") / "m"
+        save(path, tiny_config, tiny_stored, codec=codec)
+        return path.read_bytes()
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def whole(pack_tiny):
+    """An artifact with nothing wrong."""
+    return pack_tiny("zstd")

@@ -5,7 +5,7 @@ import torch
 
 from pgl.artifact import save
 from pgl.artifact.size import GroupSize, SizeReport
-from pgl.quant import GROUPS, QuantizationError
+from pgl.quant import GROUPS, QuantizationLoss
 
 
 def test_every_byte_has_its_line(tmp_path, tiny_config, tiny_stored):
@@ -40,8 +40,8 @@ def test_every_byte_has_its_line(tmp_path, tiny_config, tiny_stored):
 
 def test_table(tmp_path, tiny_config, tiny_stored):
     report = save(tmp_path / "m", tiny_config, tiny_stored)
-    error = QuantizationError(error=0.01, energy=1.0, output_error=0.0004, output_energy=1.0)
-    lines = report.table({"mlp": error}).splitlines()
+    lost = QuantizationLoss(error=0.01, energy=1.0, output_error=0.0004, output_energy=1.0)
+    lines = report.table({"mlp": lost}).splitlines()
     ends = {line.index(f"{g.packed_bytes:,}") + len(f"{g.packed_bytes:,}") for g in report.groups
             for line in lines if line.startswith(g.name)}  # fmt: skip
     assert len(ends) == 1  # the numbers are aligned
@@ -59,7 +59,7 @@ def test_the_table_of_the_largest_artifact_fits_80_columns():
     kinds = ("bfloat16", "int6")
     group = GroupSize("value_embedding", 99_999_999, 1, 16_000_000, kinds, ("zstd",), 17_000_000)
     report = SizeReport((group,), 50_000, 5_000, 16_000_000, 16_000_000)
-    lost = QuantizationError(error=1.0, energy=1.0, output_error=0.9, output_energy=1.0)
+    lost = QuantizationLoss(error=1.0, energy=1.0, output_error=0.9, output_energy=1.0)
     lines = report.table({"value_embedding": lost}).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == [
