@@ -13,7 +13,6 @@ from callbacks.progress import track
 from pgl.generate import generate_batch
 from pgl.quant import (
     Calibration,
-    average_energies_over_ranks,
     average_over_ranks,
     collect_hessians,
     collect_output_energies,
@@ -102,7 +101,7 @@ def calibrate(
                 )
     if trainer.world_size > 1:
         average_over_ranks(hessians)
-        average_energies_over_ranks(energies)
+        average_over_ranks(energies)
     return Calibration(hessians, energies), text
 
 

@@ -1,7 +1,7 @@
 """From trained weights to one file that fits the limit."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,51 +19,22 @@ from callbacks.calibration import (
     record_legal,
     sampling_tokens,
 )
+from callbacks.exported import Exported
 from callbacks.find import find_callback
 from callbacks.progress import print_lines, track
 from callbacks.run_folder import run_folder
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
-from pgl.artifact import GroupSize, Packed, SizeReport, fit_to_limit, load, pack_model
+from pgl.artifact import Packed, fit_to_limit, load, pack_model
 from pgl.artifact.codecs import check_codec
-from pgl.artifact.fit import Attempt, Fit
+from pgl.artifact.fit import Fit
+from pgl.challenge import ARTIFACT_LIMIT_BYTES
 from pgl.collectives import led_by_rank_zero, on_rank_zero
-from pgl.quant import (
-    QuantConfig,
-    QuantizationError,
-    StateQuantizer,
-    StoredTensor,
-    errors_by_group,
-    quantization_errors,
-)
-from pgl.quant.errors import sum_errors
+from pgl.phases import PhaseTimer
+from pgl.quant import Calibration, QuantConfig, StateQuantizer, StoredTensor, quantization_losses
 
 FILE_NAME = "model.pgl"
 SAMPLED_SEQUENCES = 64  # more of them are warned of: their cost, not their use, was measured
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export made."""
-
-    path: Path
-    """The artifact."""
-    size: SizeReport
-    """Where its bytes go."""
-    errors: dict[str, QuantizationError]
-    """What quantisation lost, by tensor."""
-    groups: dict[str, str]
-    """The group of each tensor."""
-    state_dict: dict[str, Tensor]
-    """The GPT's weights as read back from the file, on the CPU."""
-    attempts: list[Attempt]
-    """Files packed in search of the size, the planned one first."""
-    step_factor: float
-    """What the plan's steps were multiplied by."""
-
-    def group_errors(self) -> dict[str, QuantizationError]:
-        """Return what quantisation lost, by group."""
-        return errors_by_group(self.errors, self.groups)
 
 
 class GPTQExport(Callback):
@@ -104,7 +75,7 @@ class GPTQExport(Callback):
         self,
         quant: QuantConfig = QuantConfig(),
         codec: str = "zstd",
-        limit_bytes: int | None = 16_000_000,
+        limit_bytes: int | None = ARTIFACT_LIMIT_BYTES,
         search: Literal["off", "step"] = "off",
         calibration: CalibrationSource = "training",
         calibration_sequences: int = 64,
@@ -192,61 +163,13 @@ class GPTQExport(Callback):
         Raises:
             ArtifactTooLarge: If the file would exceed the limit with every code zero.
         """
-        phases = find_callback(trainer, WallClockBudget).phases
-        calibration = self.calibrated = None
-        if self.quant.needs_hessians():
-            if not in_budget and self.calibration != "samples":
-                rank_zero_warn(
-                    "GPTQ reads training tokens while no training budget runs, which the challenge "
-                    "does not allow: set artifact.calibration to samples"
-                )
-            counted = in_budget and counts_as_training(self.calibration)
-            phase = "calibrate" if in_budget else "calibrate on no clock"
-            with phases.measure(phase, counts=counted):
-                calibration, text = calibrate(
-                    trainer,
-                    pl_module,
-                    weights,
-                    self.calibration,
-                    self.calibration_sequences,
-                    self.quant.needs_energies(),
-                )
-                if pl_module.device.type == "cuda":
-                    torch.cuda.synchronize(pl_module.device)
-            self.calibrated = {
-                "read": text.read,
-                "tokens_read_on_rank_0": text.tokens_BT1.numel(),
-                "counted": counted,
-            }
-        packs: list[Packed] = []  # rank 0's alone
-
-        def quantise(step_factor: float) -> Mapping[str, StoredTensor]:
-            with track(trainer, "quantise", 1) as advance, phases.measure("quantise"):
-                stored = quantizer(step_factor)
-                advance()
-            return stored
-
-        def pack(stored: Mapping[str, StoredTensor]) -> int:
-            with phases.measure("pack"):
-                return self._pack(trainer, pl_module, stored, packs)
-
-        def search(quantise: Callable[[float], Mapping[str, StoredTensor]]) -> Fit:
-            return fit_to_limit(quantise, pack, self.limit_bytes, refine=self.search == "step")
-
-        with phases.measure("quantise"):
-            quantizer = StateQuantizer(weights, self.quant, calibration, pl_module.device)
-        fit = led_by_rank_zero(trainer.strategy, quantise, search)
+        calibration = self._calibrate(trainer, pl_module, weights, in_budget)
+        fitted = self._quantise_to_fit(trainer, pl_module, weights, calibration)
 
         def write() -> Exported:
-            assert fit is not None
-            size = packs[fit.chosen].write(path)
-            with phases.measure("measure errors"):
-                hessians = calibration.hessians if calibration is not None else None
-                errors = quantization_errors(weights, fit.stored, hessians)
-            groups = {name: tensor.group for name, tensor in fit.stored.items()}
-            with phases.measure("read back"):
-                state_dict = load(path).state_dict
-            return Exported(path, size, errors, groups, state_dict, fit.attempts, fit.step_factor)
+            assert fitted is not None
+            phases = find_callback(trainer, WallClockBudget).phases
+            return _write(path, *fitted, weights, calibration, phases)
 
         exported = on_rank_zero(trainer.strategy, write)
         self._say_what_the_limit_did(trainer, exported)
@@ -255,15 +178,13 @@ class GPTQExport(Callback):
     def summary(self) -> str:
         """Return the table of sizes and errors by tensor group."""
         assert self.exported is not None, "nothing was exported"
-        return self.exported.size.table(self.exported.group_errors())
+        return self.exported.size.table(self.exported.group_losses())
 
     def report(self) -> dict[str, Any]:
         """Return where the artifact is, what its parts take, and what they lost."""
         if self.exported is None:
             return {}
         exported, size = self.exported, self.exported.size
-        group_errors = exported.group_errors()
-        output_error = sum_errors(list(exported.errors.values())).output_relative
         return {
             "file": exported.path.name,
             "codec": self.codec,
@@ -274,14 +195,107 @@ class GPTQExport(Callback):
             "container_bytes": size.overhead_bytes,
             "search": self.search,
             "step_factor": exported.step_factor,
-            # Weighted with the inputs' Hessians, over all matrices that have one.
-            "output_error": None if output_error is None else round(output_error, 6),
+            "output_error": exported.output_error(),
             "attempts": [asdict(attempt) for attempt in exported.attempts],
             "calibration": self._calibration_report(),
-            "groups": [_group_row(group, group_errors.get(group.name)) for group in size.groups],
+            "groups": exported.group_rows(),
             "relative_error": {
-                name: round(error.relative, 6) for name, error in exported.errors.items()
+                name: round(loss.relative, 6) for name, loss in exported.losses.items()
             },
+        }
+
+    def _calibrate(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        weights: Mapping[str, Tensor],
+        in_budget: bool,
+    ) -> Calibration | None:
+        """Return what GPTQ needs, the same on all ranks; None if it quantises no group."""
+        self.calibrated = None
+        if not self.quant.needs_hessians():
+            return None
+        if not in_budget and self.calibration != "samples":
+            rank_zero_warn(
+                "GPTQ reads training tokens while no training budget runs, which the challenge "
+                "does not allow: set artifact.calibration to samples"
+            )
+        counted = in_budget and counts_as_training(self.calibration)
+        phases = find_callback(trainer, WallClockBudget).phases
+        with phases.measure("calibrate" if in_budget else "calibrate on no clock", counts=counted):
+            calibration, text = calibrate(
+                trainer,
+                pl_module,
+                weights,
+                self.calibration,
+                self.calibration_sequences,
+                self.quant.needs_energies(),
+            )
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+        self.calibrated = {
+            "read": text.read,
+            "tokens_read_on_rank_0": text.tokens_BT1.numel(),
+            "counted": counted,
+        }
+        return calibration
+
+    def _quantise_to_fit(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        weights: Mapping[str, Tensor],
+        calibration: Calibration | None,
+    ) -> tuple[Fit, Packed] | None:
+        """Quantise and pack until the file fits; return the fit and its file, None off rank 0."""
+        phases = find_callback(trainer, WallClockBudget).phases
+        with phases.measure("quantise"):
+            quantizer = StateQuantizer(weights, self.quant, calibration, pl_module.device)
+
+        def quantise(step_factor: float) -> Mapping[str, StoredTensor]:
+            with track(trainer, "quantise", 1) as advance, phases.measure("quantise"):
+                stored = quantizer(step_factor)
+                advance()
+            return stored
+
+        def search(
+            quantise_on_all: Callable[[float], Mapping[str, StoredTensor]],
+        ) -> tuple[Fit, Packed]:
+            packs: list[Packed] = []
+
+            def pack(stored: Mapping[str, StoredTensor]) -> int:
+                with phases.measure("pack"):
+                    packs.append(self._pack(trainer, pl_module, stored))
+                return packs[-1].size.total_bytes
+
+            refine = self.search == "step"
+            fit = fit_to_limit(quantise_on_all, pack, self.limit_bytes, refine)
+            return fit, packs[fit.chosen]
+
+        return led_by_rank_zero(trainer.strategy, quantise, search)
+
+    def _pack(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stored: Mapping[str, StoredTensor],
+    ) -> Packed:
+        with track(trainer, "pack", 1) as advance:
+            return pack_model(
+                pl_module.gpt_config,
+                stored,
+                metadata=self._metadata(trainer),
+                codec=self.codec,
+                limit_bytes=self.limit_bytes,
+                on_progress=advance,
+            )
+
+    def _metadata(self, trainer: pl.Trainer) -> dict[str, Any]:
+        return {
+            "tokenizer_sha256": trainer.datamodule.tokenizer_sha256,
+            "training_steps": trainer.global_step,
+            "training_seconds": round(find_callback(trainer, WallClockBudget).elapsed, 3),
+            "calibration": self._calibration_report(),
         }
 
     def _calibration_report(self) -> dict[str, Any] | None:
@@ -296,25 +310,6 @@ class GPTQExport(Callback):
             **(self.calibrated or {}),
         }
 
-    def _pack(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        stored: Mapping[str, StoredTensor],
-        packs: list[Packed],
-    ) -> int:
-        with track(trainer, "pack", 1) as advance:
-            packed = pack_model(
-                pl_module.gpt_config,
-                stored,
-                metadata=self._metadata(trainer),
-                codec=self.codec,
-                limit_bytes=self.limit_bytes,
-                on_progress=advance,
-            )
-        packs.append(packed)
-        return packed.size.total_bytes
-
     def _say_what_the_limit_did(self, trainer: pl.Trainer, exported: Exported) -> None:
         planned = exported.attempts[0].total_bytes
         if self.limit_bytes is not None and planned > self.limit_bytes:
@@ -324,25 +319,21 @@ class GPTQExport(Callback):
                 f"{self.limit_bytes:,}: its steps are {exported.step_factor:.4f} times the plan's",
             )
 
-    def _metadata(self, trainer: pl.Trainer) -> dict[str, Any]:
-        return {
-            "tokenizer_sha256": trainer.datamodule.tokenizer_sha256,
-            "training_steps": trainer.global_step,
-            "training_seconds": round(find_callback(trainer, WallClockBudget).elapsed, 3),
-            "calibration": self._calibration_report(),
-        }
 
-
-def _group_row(group: GroupSize, error: QuantizationError | None) -> dict[str, Any]:
-    outputs = None if error is None else error.output_relative
-    return {
-        "name": group.name,
-        "parameters": group.parameters,
-        "packed_bytes": group.packed_bytes,
-        "bits_per_weight": round(group.bits_per_weight, 4),
-        "order0_bits_per_weight": round(group.order0_bits_per_weight, 4),
-        "kinds": list(group.kinds),
-        "codecs": list(group.codecs),
-        "relative_error": None if error is None else round(error.relative, 6),
-        "output_error": None if outputs is None else round(outputs, 6),
-    }
+def _write(
+    path: Path,
+    fit: Fit,
+    packed: Packed,
+    weights: Mapping[str, Tensor],
+    calibration: Calibration | None,
+    phases: PhaseTimer,
+) -> Exported:
+    """Write the file, measure what it lost, and read it back."""
+    size = packed.write(path)
+    with phases.measure("measure errors"):
+        hessians = None if calibration is None else calibration.hessians
+        losses = quantization_losses(weights, fit.stored, hessians)
+    with phases.measure("read back"):
+        state_dict = load(path).state_dict
+    groups = {name: tensor.group for name, tensor in fit.stored.items()}
+    return Exported(path, size, losses, groups, state_dict, fit.attempts, fit.step_factor)

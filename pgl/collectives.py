@@ -5,11 +5,9 @@ from typing import TypeVar
 
 from lightning.pytorch.strategies import Strategy
 
+A = TypeVar("A")  # a step's argument
+R = TypeVar("R")  # and its result
 T = TypeVar("T")
-
-
-A = TypeVar("A")
-R = TypeVar("R")
 
 
 def led_by_rank_zero(

@@ -61,7 +61,6 @@ class Heartbeats:
         self.beats: dict[int, Beat] = {}
         self.step = 0
         self._end = end or _end_process
-        self._failed = ""
         self._heard: dict[int, float] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ARTIFACT_LIMIT_BYTES = 16_000_000
-TRAINING_LIMIT_SECONDS = 600.0
-EVALUATION_LIMIT_SECONDS = 600.0
-CHALLENGE_TEXT = "fineweb10B_"
+from pgl.challenge import (
+    ARTIFACT_LIMIT_BYTES,
+    CHALLENGE_TEXT,
+    EVALUATION_LIMIT_SECONDS,
+    TRAINING_LIMIT_SECONDS,
+)
 
 
 @dataclass(frozen=True)

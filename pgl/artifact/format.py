@@ -28,11 +28,10 @@ from pgl.artifact.manifest import (
 from pgl.artifact.size import SizeReport, measure, order0_bytes
 from pgl.artifact.source import code_only, source_files
 from pgl.artifact.streams import code_layout, from_streams, make_table, plan_streams, to_streams
+from pgl.challenge import ARTIFACT_LIMIT_BYTES
 from pgl.io import atomic_write
 from pgl.model import GPT, GPTConfig
 from pgl.quant.stored import StoredTensor, dequantize_state
-
-LIMIT_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def pack_model(
     stored: Mapping[str, StoredTensor],
     metadata: Mapping[str, Any] | None = None,
     codec: str = "zstd",
-    limit_bytes: int | None = LIMIT_BYTES,
+    limit_bytes: int | None = ARTIFACT_LIMIT_BYTES,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Packed:
     """Make an artifact in memory. The same input gives the same bytes.
@@ -129,7 +128,7 @@ def save(
     stored: Mapping[str, StoredTensor],
     metadata: Mapping[str, Any] | None = None,
     codec: str = "zstd",
-    limit_bytes: int | None = LIMIT_BYTES,
+    limit_bytes: int | None = ARTIFACT_LIMIT_BYTES,
 ) -> SizeReport:
     """Write an artifact; see :func:`pack_model` for the arguments.
 

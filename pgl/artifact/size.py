@@ -8,8 +8,8 @@ import numpy as np
 from pgl.artifact.container import MAIN, SOURCE, PackedArchive
 from pgl.artifact.manifest import StreamRecord
 from pgl.artifact.streams import SCALES, TableEntry
-from pgl.quant.errors import QuantizationError
 from pgl.quant.groups import GROUPS
+from pgl.quant.losses import QuantizationLoss
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class SizeReport:
         """Bytes left below the limit, negative beyond it."""
         return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
 
-    def table(self, errors: Mapping[str, QuantizationError] | None = None) -> str:
+    def table(self, losses: Mapping[str, QuantizationLoss] | None = None) -> str:
         """Return the report as text: 80 columns, more where a group is stored in many ways.
 
         Args:
-            errors: What quantisation lost, by group, as a share of the weights and, where the
+            losses: What quantisation lost, by group, as a share of the weights and, where the
                 layers' inputs are known, of their outputs.
         """
         lines = [
@@ -82,11 +82,11 @@ class SizeReport:
             weights = f"{group.parameters:,}" if group.parameters else "-"
             bits = f"{group.bits_per_weight:.2f}" if group.parameters else "-"
             order0 = f"{group.order0_bits_per_weight:.2f}" if group.parameters else "-"
-            error = (errors or {}).get(group.name)
-            outputs = None if error is None else error.output_relative
+            loss = (losses or {}).get(group.name)
+            outputs = None if loss is None else loss.output_relative
             lines.append(
                 f"{group.name:<15}{weights:>11}{group.packed_bytes:>11,}{bits:>6}"
-                f"{order0:>7}{_percent(None if error is None else error.relative):>7}"
+                f"{order0:>7}{_percent(None if loss is None else loss.relative):>7}"
                 f"{_percent(outputs):>7} {'+'.join(map(_short, group.kinds))}"
                 f" {'+'.join(group.codecs)}"
             )

@@ -12,11 +12,10 @@ from torch import Tensor
 from pgl.artifact.codecs import Layout
 from pgl.artifact.errors import ArtifactError
 from pgl.quant.groups import Group
-from pgl.quant.stored import CODE_KINDS, StoredTensor
+from pgl.quant.stored import CODE_KINDS, DTYPES, StoredTensor
 
 SCALES = "scales"
-_BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4, **dict.fromkeys(CODE_KINDS, 1)}
-_RAW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE_OF_KIND = {**DTYPES, **dict.fromkeys(CODE_KINDS, torch.int8)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def plan_streams(table: Sequence[TableEntry]) -> dict[str, StreamPlan]:
     num_scales = 0
     for entry in table:
         plan = plans.setdefault(entry.stream, StreamPlan())
-        plan.num_bytes += entry.numel * _BYTES_PER_VALUE[entry.kind]
+        plan.num_bytes += entry.numel * _DTYPE_OF_KIND[entry.kind].itemsize
         if entry.is_codes:
             rows, columns = entry.shape
             plan.layout.append((rows, columns))
@@ -156,6 +155,7 @@ def _split_bytes(values: Tensor) -> bytes:
 
 
 def _join_bytes(data: bytes, kind: str) -> Tensor:
-    planes = np.frombuffer(data, dtype=np.uint8).reshape(_BYTES_PER_VALUE[kind], -1)
+    dtype = _DTYPE_OF_KIND[kind]
+    planes = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1)
     joined = torch.from_numpy(np.array(planes.T, order="C").reshape(-1))
-    return joined.view(_RAW_DTYPES.get(kind, torch.int8))
+    return joined.view(dtype)

@@ -116,15 +116,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
     return tokenizer
 
 
-def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
-    """Return BOS and the ids of a document's text, no EOS; uint16 of shape (tokens,)."""
-    return encode_documents(tokenizer, [text], threads=1)[0]
-
-
 def encode_documents(
     tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[str], threads: int
 ) -> list[np.ndarray]:
-    """Encode many documents on SentencePiece's own threads; see :func:`encode_document`."""
+    """Encode documents on SentencePiece's own threads.
+
+    Returns:
+        For each, BOS and the ids of its text, no EOS; uint16 of shape (tokens,).
+    """
     bos = tokenizer.bos_id()
     ids_of_texts = tokenizer.encode(list(texts), num_threads=threads)
     return [np.array([bos, *ids], dtype=np.uint16) for ids in ids_of_texts]

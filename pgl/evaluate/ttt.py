@@ -52,10 +52,7 @@ class ChunkRecord:
     """First target that was scored."""
 
     trained_before: int
-    """Targets, from the start of the text, that the weights had been trained on by then."""
-
-    trained_after: int
-    """And once the chunk was done with: the end of the chunk, which the rule is about."""
+    """Targets, from the start of the text, in the chunks that had been trained on by then."""
 
     versions: tuple[int, int]
     """Version counters of the weights, added up, before and after the chunk was scored."""
@@ -158,7 +155,7 @@ def _score_then_train(
         record = scorer.score(chunk, windows_C3, loader, trained, lr)
         if chunk < len(chunks) - 1:
             start = chunk * config.chunk_tokens
-            trained = record.trained_after = start + config.chunk_tokens
+            trained = start + config.chunk_tokens
             record.trained_targets = config.chunk_tokens // trainer.seq_len * trainer.seq_len
             for loss, norm in trainer.train(start, trained, lr):
                 record.step_losses.append(loss)
@@ -324,7 +321,6 @@ class _ChunkScorer:
             bytes=metric.num_bytes - num_bytes,
             first_scored=int(windows_C3[:, 2].min(initial=np.iinfo(np.int64).max)),
             trained_before=trained,
-            trained_after=trained,
             versions=(before, self._version()),
         )
 

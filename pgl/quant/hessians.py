@@ -3,10 +3,9 @@
 Shape legend: N tokens of a batch, C columns (inputs of the layer).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pgl.quant.precision import full_float32
@@ -75,19 +74,6 @@ def collect_hessians(
     for hessian_CC in sums.values():
         hessian_CC /= num_batches
     return {f"{name}.weight": sums[owner] for name, owner in owners.items()}
-
-
-def average_over_ranks(hessians: Mapping[str, Tensor]) -> None:
-    """Average Hessians over all processes in place, so that each calibrates on all tokens.
-
-    PR #703 leaves this out: only rank 0's tokens count there.
-    """
-    if not dist.is_initialized():
-        return
-    distinct = {id(hessian_CC): hessian_CC for hessian_CC in hessians.values()}
-    for hessian_CC in distinct.values():
-        dist.all_reduce(hessian_CC)
-        hessian_CC /= dist.get_world_size()
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, x: Tensor) -> None:

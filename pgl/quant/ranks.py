@@ -1,9 +1,10 @@
-"""One job, divided by name over the processes of a run."""
+"""Jobs and sums that the processes of a run share, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -23,16 +24,16 @@ def share_out(names: Sequence[str], work: Callable[[list[str]], dict[str, T]]) -
         Exception: What ``work`` raised on any process, on every process: none waits for one that
             failed.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _world_size() == 1:
         done = work(list(names))
         return {name: done[name] for name in names}
-    mine = list(names)[dist.get_rank() :: dist.get_world_size()]
+    mine = list(names)[dist.get_rank() :: _world_size()]
     outcome: dict[str, T] | Exception
     try:
         outcome = work(mine)
     except Exception as error:
         outcome = error
-    outcomes: list[dict[str, T] | Exception | None] = [None] * dist.get_world_size()
+    outcomes: list[dict[str, T] | Exception | None] = [None] * _world_size()
     dist.all_gather_object(outcomes, outcome)
     done = {}
     for part in outcomes:
@@ -41,3 +42,24 @@ def share_out(names: Sequence[str], work: Callable[[list[str]], dict[str, T]]) -
         assert part is not None
         done.update(part)
     return {name: done[name] for name in names}
+
+
+def average_over_ranks(tensors: Mapping[str, Tensor]) -> None:
+    """Average calibration statistics over all processes in place: each then knows of all tokens.
+
+    PR #703 leaves this out: only rank 0's tokens count there.
+
+    Args:
+        tensors: The same names, in the same order, on every process. One that stands under several
+            names, as the Hessian of query, key and value does, is averaged once.
+    """
+    if _world_size() == 1:
+        return
+    distinct = {id(tensor): tensor for tensor in tensors.values()}
+    for tensor in distinct.values():
+        dist.all_reduce(tensor)
+        tensor /= _world_size()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -3,10 +3,9 @@
 Shape legend: B sequences, T positions, R outputs of a layer.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -65,12 +64,3 @@ def collect_output_energies(
     if not num_tokens:
         raise ValueError("no calibration batches: balanced steps need at least one")
     return {name: energy_R / num_tokens for name, energy_R in energies.items()}
-
-
-def average_energies_over_ranks(energies: Mapping[str, Tensor]) -> None:
-    """Average energies over all processes in place."""
-    if not dist.is_initialized():
-        return
-    for energy_R in energies.values():
-        dist.all_reduce(energy_R)
-        energy_R /= dist.get_world_size()

@@ -64,7 +64,7 @@ def test_calibration_limit_and_codec(golf_run, tmp_path, monkeypatch):
     assert not seen
     name = "blocks.0.mlp.fc.weight"
     assert not torch.equal(gptq.state_dict[name], rounded.state_dict[name])
-    assert gptq.errors[name].relative > 0
+    assert gptq.losses[name].relative > 0
 
     for codec in ("zstd", "lzma", "rans"):
         exporter.codec = codec

@@ -114,7 +114,7 @@ def test_the_tail_reaches_the_windows(tiny_data):
     assert counts["pr324"] < 399
 
 
-def test_validate_scores_the_weights_that_are_named(golf_run, caplog):
+def test_validate_scores_the_weights_that_are_named(golf_run):
     run = golf_run(budget=WallClockBudget(seconds=None, steps=3, warmup_steps=0))
     scores = {
         s.weights: s.bpb for s in run.callback(SlidingWindowBPB).scores if s.windows[0] == "c"

@@ -31,7 +31,6 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.time = 0.0
         self.seen: list[dict] = []
-        self.at_validation: list[float] = []
 
     def __call__(self) -> float:
         return self.time

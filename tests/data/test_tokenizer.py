@@ -6,7 +6,6 @@ import sentencepiece
 
 from pgl.data.tokenizer import (
     decode_documents,
-    encode_document,
     encode_documents,
     load_tokenizer,
     save_tokenizer,
@@ -42,12 +41,12 @@ def test_specials_and_bytes_are_where_the_challenge_has_them(tokenizer):
 
 
 def test_document_is_bos_and_pieces(tokenizer):
-    tokens = encode_document(tokenizer, TEXTS[0])
+    tokens, empty = encode_documents(tokenizer, [TEXTS[0], ""], threads=1)
     assert tokens.dtype == np.uint16
     assert tokens[0] == 1
     assert 2 not in tokens
     assert tokens[1:].tolist() == tokenizer.encode(TEXTS[0])
-    assert encode_document(tokenizer, "").tolist() == [1]
+    assert empty.tolist() == [1]
 
 
 def test_digits_are_split_and_no_space_is_put_in_front(tokenizer):
@@ -58,19 +57,16 @@ def test_digits_are_split_and_no_space_is_put_in_front(tokenizer):
 
 @pytest.mark.parametrize("text", ["plain text", "日本語 🙂", "tab\tnew\nline  two spaces", "é" * 3])
 def test_every_text_comes_back_normalised(tokenizer, text):
-    tokens = encode_document(tokenizer, text)
+    [tokens] = encode_documents(tokenizer, [text], threads=1)
     assert tokenizer.unk_id() not in tokens
     assert decode_documents(tokenizer, [tokens], threads=1) == [" ".join(text.split())]
 
 
 def test_threads_do_not_matter(tokenizer):
     one = encode_documents(tokenizer, TEXTS, threads=1)
-    for other in (encode_documents(tokenizer, TEXTS, threads=3), [*map_one(tokenizer)]):
+    each = [encode_documents(tokenizer, [text], threads=1)[0] for text in TEXTS]
+    for other in (encode_documents(tokenizer, TEXTS, threads=3), each):
         assert [tokens.tolist() for tokens in one] == [tokens.tolist() for tokens in other]
-
-
-def map_one(tokenizer):
-    return (encode_document(tokenizer, text) for text in TEXTS)
 
 
 def test_same_texts_give_the_same_bytes(model):

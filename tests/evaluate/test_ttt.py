@@ -81,7 +81,7 @@ def test_sums_of_the_chunks_make_the_score(make_gpt, small_table, stream, tail):
     assert [len(record.grad_norms) for record in records] == [2, 2, 2, 0]
     # Two sequences of 16 in a chunk of 40; the rule is about the chunk.
     assert [record.trained_targets for record in records] == [32, 32, 32, 0]
-    assert [record.trained_after for record in records] == [40, 80, 120, 120]
+    assert [record.trained_before for record in records] == [0, 40, 80, 120]
 
 
 def test_without_training_it_is_the_sliding_score(make_gpt, small_table, stream):

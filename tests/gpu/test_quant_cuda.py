@@ -11,7 +11,7 @@ from pgl.quant import (
     TensorRule,
     collect_hessians,
     gptq,
-    quantization_errors,
+    quantization_losses,
     quantize_rows,
     quantize_state,
 )
@@ -62,7 +62,7 @@ def test_calibrate_and_quantise_a_model():
     stored = quantize_state(state, config, Calibration(hessians), device="cuda")
     rounded = quantize_state(state, QuantConfig(passthrough_max_numel=4096), device="cuda")
     assert all(tensor.data.device.type == "cpu" for tensor in stored.values())
-    better = quantization_errors(state, stored, hessians)
-    worse = quantization_errors(state, rounded, hessians)
+    better = quantization_losses(state, stored, hessians)
+    worse = quantization_losses(state, rounded, hessians)
     for name in hessians:
         assert better[name].output_relative < worse[name].output_relative

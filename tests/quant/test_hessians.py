@@ -1,11 +1,9 @@
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from pgl.model import GPT, GPTConfig
-from pgl.quant import average_over_ranks, collect_hessians
+from pgl.quant import collect_hessians
 
 
 class Tiny(nn.Module):
@@ -67,31 +65,3 @@ def test_gpt_layers_have_their_hessians_and_share_them():
     first = {name: hessians[f"blocks.0.attn.{name}.weight"] for name in ("c_q", "c_k", "c_v")}
     assert first["c_q"] is first["c_k"] is first["c_v"]
     assert hessians["blocks.1.attn.c_q.weight"] is not first["c_q"]
-
-
-def _average(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    shared = torch.full((2, 2), float(rank))
-    average_over_ranks({"q": shared, "k": shared})
-    results[rank] = shared
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ranks_end_with_the_average():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_average, (port, results), nprocs=2)
-        for rank in range(2):
-            assert torch.equal(results[rank], torch.full((2, 2), 0.5))
-
-
-def test_one_process_keeps_its_own():
-    hessian = torch.ones(2, 2)
-    average_over_ranks({"a": hessian})
-    assert torch.equal(hessian, torch.ones(2, 2))

@@ -11,7 +11,7 @@ from pgl.quant import (
     TensorRule,
     dequantize_state,
     gptq,
-    quantization_errors,
+    quantization_losses,
     quantize_rows,
     quantize_state,
     storage_kind,
@@ -108,22 +108,22 @@ def test_gptq_groups_use_their_hessians(state, hessians):
         alone = gptq(state[name], hessians[name], RowGrid())
         assert torch.equal(stored[name].data, alone.codes_RC)
     rounded = quantize_state(state, SMALL)
-    better = quantization_errors(state, stored, hessians)
-    worse = quantization_errors(state, rounded, hessians)
+    better = quantization_losses(state, stored, hessians)
+    worse = quantization_losses(state, rounded, hessians)
     for name in hessians:
         assert better[name].output_relative < worse[name].output_relative
         assert better[name].relative >= worse[name].relative
 
 
-def test_errors_are_relative(state):
+def test_losses_are_relative(state):
     stored = quantize_state(state, SMALL)
-    errors = quantization_errors(state, stored)
+    losses = quantization_losses(state, stored)
     name = "blocks.0.attn.c_q.weight"
     error = state[name] - stored[name].weights()
-    assert errors[name].relative == pytest.approx((error.norm() / state[name].norm()).item())
-    assert errors[name].output_relative is None
+    assert losses[name].relative == pytest.approx((error.norm() / state[name].norm()).item())
+    assert losses[name].output_relative is None
     zeros = {name: torch.zeros(16, 16)}
-    assert quantization_errors(zeros, quantize_state(zeros, SMALL))[name].relative == 0
+    assert quantization_losses(zeros, quantize_state(zeros, SMALL))[name].relative == 0
 
 
 def test_each_setting_acts(state):

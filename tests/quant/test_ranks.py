@@ -1,4 +1,4 @@
-"""Quantising on two processes: each does its share, both get all, an error reaches both."""
+"""Two processes: each quantises its share, both get all, an error reaches both; averages."""
 
 import socket
 
@@ -7,7 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pgl.quant import Calibration, GPTQConfig, QuantConfig, StateQuantizer, TensorRule, calibrated
+from pgl.quant import (
+    Calibration,
+    GPTQConfig,
+    QuantConfig,
+    StateQuantizer,
+    TensorRule,
+    average_over_ranks,
+    calibrated,
+)
 from pgl.quant.ranks import share_out
 
 
@@ -16,6 +24,12 @@ def test_one_process_does_everything_itself():
         "b": "bb",
         "a": "aa",
     }
+
+
+def test_one_process_keeps_its_own_statistics():
+    hessian = torch.ones(2, 2)
+    average_over_ranks({"a": hessian})
+    assert torch.equal(hessian, torch.ones(2, 2))
 
 
 def problem():
@@ -66,6 +80,9 @@ def work(rank, port, results):
         share_out(["a", "b", "c"], fails_on_rank_one)
     except ValueError as error:
         results[f"error{rank}"] = str(error)
+    shared, own = torch.full((2, 2), float(rank)), torch.tensor([1.0, 5.0 * rank])
+    average_over_ranks({"q": shared, "k": shared, "v": own})
+    results[f"average{rank}"] = shared, own
     dist.destroy_process_group()
 
 
@@ -90,3 +107,6 @@ def test_two_processes_share_the_work_and_agree_with_one():
                         assert torch.equal(tensor.scale_R, found[name].scale_R)
         for rank in range(2):
             assert results[f"error{rank}"] == "the second process gives up"
+            shared, own = results[f"average{rank}"]
+            assert torch.equal(shared, torch.full((2, 2), 0.5))
+            assert own.tolist() == [1.0, 2.5]

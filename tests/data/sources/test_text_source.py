@@ -9,7 +9,7 @@ import pytest
 
 from pgl.data.shards import read_shard
 from pgl.data.sources import Text, build
-from pgl.data.tokenizer import encode_document, load_tokenizer
+from pgl.data.tokenizer import encode_documents, load_tokenizer
 from tests.data.sources.stories import documents_of, manifest_of, source, story
 
 
@@ -22,7 +22,8 @@ def test_every_document_is_in_exactly_one_split(folder):
     assert corpus.vocab_size == 290
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     seeds = [*range(10), *range(100, 160)]
-    expected = {tuple(encode_document(tokenizer, story(seed)).tolist()) for seed in seeds}
+    encoded = encode_documents(tokenizer, [story(seed) for seed in seeds], threads=1)
+    expected = {tuple(ids.tolist()) for ids in encoded}
     train, val = documents_of(corpus.train_shards), documents_of(corpus.val_shards)
     assert len(train) + len(val) == len(expected) == 70
     assert {*map(tuple, train), *map(tuple, val)} == expected

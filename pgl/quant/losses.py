@@ -11,7 +11,7 @@ from pgl.quant.stored import StoredTensor
 
 
 @dataclass(frozen=True)
-class QuantizationError:
+class QuantizationLoss:
     """What storing a tensor lost."""
 
     error: float
@@ -40,13 +40,13 @@ class QuantizationError:
 
 
 @torch.no_grad()
-def quantization_errors(
+def quantization_losses(
     state_dict: Mapping[str, Tensor],
     stored: Mapping[str, StoredTensor],
     hessians: Mapping[str, Tensor] | None = None,
-) -> dict[str, QuantizationError]:
+) -> dict[str, QuantizationLoss]:
     """Compare stored tensors with the weights they came from, tensor by tensor, where those are."""
-    errors = {}
+    losses = {}
     for name, tensor in stored.items():
         weight = state_dict[name].detach().float()
         error = weight - tensor.weights().to(weight.device)
@@ -56,35 +56,35 @@ def quantization_errors(
             with full_float32(weight.device.type):
                 output_error = _energy(error, hessian_CC)
                 output_energy = _energy(weight, hessian_CC)
-        errors[name] = QuantizationError(
+        losses[name] = QuantizationLoss(
             error.square().sum().item(), weight.square().sum().item(), output_error, output_energy
         )
-    return errors
+    return losses
 
 
-def errors_by_group(
-    errors: Mapping[str, QuantizationError], groups: Mapping[str, str]
-) -> dict[str, QuantizationError]:
-    """Add up the errors of the tensors of each group.
+def losses_by_group(
+    losses: Mapping[str, QuantizationLoss], groups: Mapping[str, str]
+) -> dict[str, QuantizationLoss]:
+    """Add up what the tensors of each group lost.
 
     Args:
-        errors: By tensor.
+        losses: By tensor.
         groups: Group of each tensor. Tensors without a Hessian do not count in the outputs' error.
     """
     return {
-        group: sum_errors([error for name, error in errors.items() if groups[name] == group])
+        group: sum_losses([loss for name, loss in losses.items() if groups[name] == group])
         for group in dict.fromkeys(groups.values())
     }
 
 
-def sum_errors(errors: Sequence[QuantizationError]) -> QuantizationError:
-    """Add up errors."""
-    outputs = [error for error in errors if error.output_error is not None]
-    return QuantizationError(
-        sum(error.error for error in errors),
-        sum(error.energy for error in errors),
-        sum(error.output_error or 0.0 for error in outputs) if outputs else None,
-        sum(error.output_energy or 0.0 for error in outputs) if outputs else None,
+def sum_losses(losses: Sequence[QuantizationLoss]) -> QuantizationLoss:
+    """Add up what tensors lost."""
+    outputs = [loss for loss in losses if loss.output_error is not None]
+    return QuantizationLoss(
+        sum(loss.error for loss in losses),
+        sum(loss.energy for loss in losses),
+        sum(loss.output_error or 0.0 for loss in outputs) if outputs else None,
+        sum(loss.output_energy or 0.0 for loss in outputs) if outputs else None,
     )
 
 
