@@ -4,10 +4,12 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,9 +68,6 @@ TRAINER_DEFAULTS = {
 }
 
 
-_read_docstrings = functools.cache(docstring_parser.parse_from_object)
-
-
 class GolfParser(LightningArgumentParser):
     """A parser whose errors are one line, and that takes no abbreviation for an option."""
 
@@ -121,7 +120,8 @@ class GolfCLI(LightningCLI):
 
     def _check_values(self) -> None:
         """Refuse values that no type rules out, and that would strike far from their setting."""
-        config = self.config[self.config["subcommand"]]
+        subcommand = self.config.get("subcommand")  # none with run=False
+        config = self.config if subcommand is None else self.config[subcommand]
         for key, value in _leaves(config.as_dict()):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} is {value}: give a finite number")
@@ -277,23 +277,23 @@ def _read_config(config: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None, cli_class: type[GolfCLI] = GolfCLI) -> None:
     """Run the command line; mistakes of the user end with one line and exit status 2."""
     run_tool(arguments)
-    _explain_fields(sys.argv[1:] if arguments is None else arguments)
     # Lightning's own call, which torch 2.13 deprecates: nothing that a user could change.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     try:
-        cli_class(
-            GolfModule,
-            TokenDataModule,
-            trainer_class=GolfTrainer,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=1337,
-            parser_class=GolfParser,
-            parser_kwargs={"epilog": EPILOG},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            args=None if arguments is None else list(arguments),
-        )
+        with _fields_explained(sys.argv[1:] if arguments is None else arguments):
+            cli_class(
+                GolfModule,
+                TokenDataModule,
+                trainer_class=GolfTrainer,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=1337,
+                parser_class=GolfParser,
+                parser_kwargs={"epilog": EPILOG},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_kwargs={"overwrite": True},
+                args=None if arguments is None else list(arguments),
+            )
     except (ValueError, FileNotFoundError, *ALWAYS_THE_USERS) as error:
         mistake = _users_mistake(error)
         if mistake is None:
@@ -302,12 +302,22 @@ def main(arguments: Sequence[str] | None = None, cli_class: type[GolfCLI] = Golf
         exit_with(" ".join([str(mistake), *dict.fromkeys(notes)]))
 
 
-def _explain_fields(arguments: Sequence[str]) -> None:
+@contextmanager
+def _fields_explained(arguments: Sequence[str]) -> Iterator[None]:
     """Have --help show the docstrings of configuration fields; nothing else waits for them."""
-    wanted = any(argument.split("=")[0].endswith(("-h", "help")) for argument in arguments)
-    set_parsing_settings(docstring_parse_attribute_docstrings=wanted)
+    names = (argument.split("=")[0] for argument in arguments)
+    if not any(name == "-h" or re.fullmatch(r"--(.+\.)?help", name) for name in names):
+        yield
+        return
+    read = docstring_parser.parse_from_object
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # The parsers of five subcommands ask for the same classes: 1 s instead of 4.
-    docstring_parser.parse_from_object = _read_docstrings
+    docstring_parser.parse_from_object = functools.cache(read)
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = read
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
 
 
 def _users_mistake(error: BaseException | None) -> BaseException | None:
