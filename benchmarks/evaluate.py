@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from timing import median_ms, wait
+from timing import load_recipe, median_ms, wait
 
 from pgl.evaluate import (
     BitsPerByte,
@@ -27,7 +25,6 @@ from pgl.evaluate import (
     score_batch,
 )
 from pgl.model import GPTConfig
-from pgl.module import GolfModule
 
 PEAK_FLOPS = 785e12  # bf16 matrix product 8192^3, measured on one H200
 
@@ -61,17 +58,6 @@ def options_of_command_line() -> argparse.Namespace:
     return arguments.parse_args()
 
 
-def module_of_recipe(path: str, backend: str) -> GolfModule:
-    """Return the untrained module of a recipe, with another attention backend."""
-    with open(path) as file:
-        recipe = yaml.safe_load(file)
-    parser = ArgumentParser()
-    parser.add_class_arguments(GolfModule, "model", instantiate=True)
-    parsed = parser.parse_object({"model": recipe["model"]})
-    parsed.model.gpt.attention_backend = backend
-    return parser.instantiate(parsed).model
-
-
 def made_up_windows(
     windows: int, options: argparse.Namespace, vocab_size: int, device: torch.device
 ) -> WindowLoader:
@@ -96,7 +82,7 @@ def print_slowest_kernels(run: Callable[[], None], count: int, device: torch.dev
 
 def main() -> None:
     options = options_of_command_line()
-    module = module_of_recipe(options.config, options.backend)
+    _, module = load_recipe(options.config, options.backend)
     config = module.gpt_config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpt = module.gpt.to(device).eval()

@@ -14,9 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from timing import wait
+from timing import load_recipe, make, wait
 
 from pgl.artifact import CODECS, fit_to_limit, pack_model
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
@@ -25,7 +23,6 @@ from pgl.artifact.entropy import predicted_bytes
 from pgl.artifact.size import order0_bytes
 from pgl.artifact.streams import code_layout, make_table, plan_streams, to_streams
 from pgl.generate import generate_batch
-from pgl.module import GolfModule
 from pgl.quant import (
     Calibration,
     QuantConfig,
@@ -63,16 +60,17 @@ def main() -> None:
     parser.add_argument("--limit-bytes", type=int, default=16_000_000)
     parser.add_argument("--codecs", nargs="*", default=sorted(CODECS))
     options = parser.parse_args()
-    with open(options.config) as file:
-        recipe = yaml.safe_load(file)
-    module = _module(recipe, options.ckpt_path)
+    recipe, module = load_recipe(options.config)
+    if options.ckpt_path is not None:
+        checkpoint = GolfCheckpointIO().load_checkpoint(options.ckpt_path, map_location="cpu")
+        module.load_state_dict(checkpoint["state_dict"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpt = module.gpt.to(device).eval()
     seq_len = recipe["data"]["seq_len"]
     ids = torch.randint(module.gpt_config.vocab_size, (options.sequences, seq_len + 1))
     watch = Stopwatch(device)
 
-    plans = _variants(_quant_config(recipe))
+    plans = _variants(make(QuantConfig, (recipe.get("artifact") or {}).get("quant") or {}))
     with torch.autocast(device.type, torch.bfloat16):
         calibration = _calibrate(watch, gpt, ids, device)
         if options.sample_sequences:
@@ -109,13 +107,6 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _quant_config(recipe: dict[str, Any]) -> QuantConfig:
-    parser = ArgumentParser()
-    parser.add_class_arguments(QuantConfig, "quant", instantiate=True)
-    quant = (recipe.get("artifact") or {}).get("quant") or {}
-    return parser.instantiate(parser.parse_object({"quant": quant})).quant
-
-
 def _variants(plan: QuantConfig) -> dict[str, QuantConfig]:
     """The recipe's plan, last, and what differs from it in the method of the large matrices."""
 
@@ -134,17 +125,6 @@ def _variants(plan: QuantConfig) -> dict[str, QuantConfig]:
     }
     distinct = {name: variant for name, variant in variants.items() if variant != plan}
     return {**distinct, "recipe": plan}
-
-
-def _module(recipe: dict[str, Any], ckpt_path: str | None) -> GolfModule:
-    parser = ArgumentParser()
-    parser.add_class_arguments(GolfModule, "model", instantiate=True)
-    parsed = parser.parse_object({"model": recipe["model"]})
-    module: GolfModule = parser.instantiate(parsed).model
-    if ckpt_path is not None:
-        checkpoint = GolfCheckpointIO().load_checkpoint(ckpt_path, map_location="cpu")
-        module.load_state_dict(checkpoint["state_dict"])
-    return module
 
 
 def _calibrate(

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,22 @@ from pgl.optim.ranks import Ranks
 
 STRATEGIES = ("ddp", "parallel_muon")
 
+T = TypeVar("T")
+
 
 def load_recipe(path: str, backend: str = "auto") -> tuple[dict[str, Any], GolfModule]:
     """Return a configuration file's contents and its module, with an attention backend."""
     with open(path) as file:
         recipe = yaml.safe_load(file)
+    gpt = {**recipe["model"]["gpt"], "attention_backend": backend}
+    return recipe, make(GolfModule, {**recipe["model"], "gpt": gpt})
+
+
+def make(kind: type[T], values: dict[str, Any]) -> T:
+    """Return an instance of a class from the values that a configuration file gives it."""
     parser = ArgumentParser()
-    parser.add_class_arguments(GolfModule, "model", instantiate=True)
-    parsed = parser.parse_object({"model": recipe["model"]})
-    parsed.model.gpt.attention_backend = backend
-    return recipe, parser.instantiate(parsed).model
+    parser.add_class_arguments(kind, "made", instantiate=True)
+    return parser.instantiate(parser.parse_object({"made": values})).made
 
 
 @contextmanager
@@ -47,6 +53,16 @@ def processes() -> Iterator[tuple[torch.device, Ranks]]:
 
 def median_ms(work: Callable[[], None], repeats: int, device: torch.device) -> tuple[float, float]:
     """Return the median and the spread (max - min) of a call's milliseconds."""
+    return median_and_spread(times_ms(work, repeats, device))
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """Return the median of some times and the spread (max - min) around it."""
+    return statistics.median(times), max(times) - min(times)
+
+
+def times_ms(work: Callable[[], None], repeats: int, device: torch.device) -> list[float]:
+    """Return the milliseconds of each of a call's repeats."""
     times = []
     for _ in range(repeats):
         wait(device)
@@ -54,7 +70,7 @@ def median_ms(work: Callable[[], None], repeats: int, device: torch.device) -> t
         work()
         wait(device)
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), max(times) - min(times)
+    return times
 
 
 def wait(device: torch.device) -> None:

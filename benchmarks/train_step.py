@@ -3,7 +3,8 @@
 Forward and backward of one micro-batch, the optimizer step, and the whole step with all its
 micro-batches, on made-up tokens, without a Trainer: medians over repeats, tokens per second over
 all GPUs, MFU and peak memory as JSON on the last line. ``--top N`` also prints the N kernels that
-take longest. On several GPUs, with either strategy:
+take longest. ``--qat`` also times the whole step of a recipe with fake quantisation, in turn
+without and with it. On several GPUs, with either strategy:
 
     torchrun --nproc-per-node 8 benchmarks/train_step.py --config ... --strategy parallel_muon
 """
@@ -19,20 +20,26 @@ from timing import (
     STRATEGIES,
     collective_ms,
     load_recipe,
+    make,
+    median_and_spread,
     median_ms,
     peak_memory_gib,
     processes,
+    times_ms,
     wait,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl.model import GPTConfig
+from pgl.model.linear import set_fake_quantization
 from pgl.module import GolfModule
 from pgl.objective import training_loss
 from pgl.optim import build_optimizer
 from pgl.optim.ranks import Ranks
+from pgl.quant import FakeQuantConfig
 
+QAT_ROUNDS = 2  # without, with, without, with: so that a drift of the clock hits both alike
 PEAK_FLOPS = 785e12  # bf16 matrix product 8192^3, measured on one H200
 
 
@@ -111,6 +118,7 @@ def measure(
 ) -> tuple[TrainStep, dict[str, Any]]:
     """Return the step and its times."""
     recipe, module = load_recipe(options.config, options.backend)
+    layers = qat_layers(recipe, options.config) if options.qat else None
     seq_len, batch_tokens = recipe["data"]["seq_len"], recipe["data"]["batch_tokens"]
     tokens = options.micro_batch_tokens or batch_tokens // 8
     accumulate = batch_tokens // (tokens * ranks.count)
@@ -133,7 +141,7 @@ def measure(
     optimizer_ms, optimizer_spread = median_ms(step.optimizer_step, options.repeats, device)
     per_second = batch_tokens / whole_ms * 1e3
     mfu = per_second * flops_per_token(module.gpt_config, seq_len) / (PEAK_FLOPS * ranks.count)
-    return step, {
+    result = {
         "config": options.config,
         "processes": ranks.count,
         "strategy": options.strategy if ranks.count > 1 else None,
@@ -153,6 +161,47 @@ def measure(
         "mfu": round(mfu, 4),
         "peak_memory_gib": peak_memory_gib(device),
     }
+    if layers is not None:
+        result |= measure_qat(step, layers, options.repeats, device)
+    return step, result
+
+
+def qat_layers(recipe: dict[str, Any], path: str) -> FakeQuantConfig:
+    """Return a recipe's ``qat.layers``."""
+    layers = (recipe.get("qat") or {}).get("layers")
+    if not layers:
+        raise SystemExit(f"--qat: {path} has no qat.layers")
+    return make(FakeQuantConfig, layers)
+
+
+def measure_qat(
+    step: TrainStep, layers: FakeQuantConfig, repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Return the times of the whole step without and with fake quantisation, on one model."""
+    variants = {"off": None, "on": layers}
+
+    def switch(name: str) -> None:
+        rounded = set_fake_quantization(step.gpt, variants[name])
+        if name == "on" and not rounded:
+            raise SystemExit(f"--qat: qat.layers ({layers}) rounds no layer of this model")
+        step.whole_step()  # compiles, or finds its graph again, outside of what is timed
+
+    for name in variants:
+        switch(name)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(QAT_ROUNDS):
+        for name in variants:
+            switch(name)
+            times[name] += times_ms(step.whole_step, repeats, device)
+    set_fake_quantization(step.gpt, None)
+    (off_ms, off_spread), (on_ms, on_spread) = map(median_and_spread, times.values())
+    return {
+        "qat_off_ms": round(off_ms, 2),
+        "qat_off_spread_ms": round(off_spread, 2),
+        "qat_on_ms": round(on_ms, 2),
+        "qat_on_spread_ms": round(on_spread, 2),
+        "qat_cost_percent": round(100 * (on_ms / off_ms - 1), 2),
+    }
 
 
 def main() -> None:
@@ -163,6 +212,7 @@ def main() -> None:
     arguments.add_argument("--backend", default="auto")
     arguments.add_argument("--repeats", type=int, default=20)
     arguments.add_argument("--top", type=int, default=0)
+    arguments.add_argument("--qat", action="store_true", help="time fake quantisation as well")
     options = arguments.parse_args()
     with processes() as (device, ranks):
         step, result = measure(options, device, ranks)

@@ -122,6 +122,12 @@ def bare_loop(module: GolfModule, data: TokenDataModule, trainer: pl.Trainer) ->
 
 
 def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(folder)))
+
+
+def measure(folder: str) -> dict[str, Any]:
+    """Return the times of both loops; what a run writes goes into a folder."""
     steps = WARM + TIMED + TRACED
     budget = [
         "--budget.seconds",
@@ -137,7 +143,7 @@ def main() -> None:
         trainer_defaults={
             **TRAINER_DEFAULTS,
             "logger": False,
-            "default_root_dir": tempfile.mkdtemp(),
+            "default_root_dir": folder,
         },
         parser_class=GolfParser,
         auto_configure_optimizers=False,
@@ -152,7 +158,7 @@ def main() -> None:
     cli.trainer.callbacks.append(clock)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     bare_ms = bare_loop(cli.model, cli.datamodule, cli.trainer)
-    result = {
+    return {
         "batch_tokens": cli.datamodule.batch_tokens,
         "accumulate": cli.datamodule.layout.accumulate,
         "trainer_ms": round(clock.step_ms, 2),
@@ -160,7 +166,6 @@ def main() -> None:
         "overhead_percent": round(100 * (clock.step_ms / bare_ms - 1), 2),
         **clock.trace,
     }
-    print(json.dumps(result))
 
 
 def _wait() -> None:
