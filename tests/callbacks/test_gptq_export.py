@@ -243,3 +243,11 @@ def test_many_samples_are_warned_of(golf_run):
 
 def test_the_report_has_the_error_of_the_chosen_factor(exported):
     assert exported()["output_error"] is None  # rounding has no Hessians
+
+
+def test_the_artifact_has_the_configured_name_and_codec(golf_run):
+    run = golf_run(artifact=GPTQExport(quant("round"), codec="lzma", file_name="small.pgl"))
+    assert list(run.folder.glob("*.pgl")) == [run.folder / "small.pgl"]
+    streams = load(run.folder / "small.pgl").manifest["streams"].values()
+    assert "lzma" in {stream["codec"] for stream in streams}
+    assert "zstd" not in {stream["codec"] for stream in streams}

@@ -29,6 +29,33 @@ def test_accumulation_follows_from_batch_micro_batch_and_world(tiny_data, world_
     assert next(iter(tiny_data.train_dataloader())).shape == (2, 33)
 
 
+def test_micro_batches_and_spans_are_the_configured_ones(tiny_corpus):
+    # Neither is what follows from the other: 256 tokens in 2 spans would make micro-batches of 128.
+    data = TokenDataModule(
+        tiny_corpus, seq_len=32, batch_tokens=256, micro_batch_tokens=64, spans_per_batch=2
+    )
+    trainer = attach(data)
+    data.setup("fit")
+    assert trainer.accumulate_grad_batches == 4
+    step = [data.layout.read_micro_batch(data.stream, 0, index) for index in range(4)]
+    sequences = [row for micro_batch in step for row in micro_batch]
+    assert [len(micro_batch) for micro_batch in step] == [2] * 4
+    # Sequences of a span share a token with their neighbour; a span begins with one of its own.
+    starts = [start + 32 * index for start in (0, 129) for index in range(4)]
+    expected = {tuple(data.stream.read(start, 33).tolist()) for start in starts}
+    assert {tuple(row.tolist()) for row in sequences} == expected
+
+
+@pytest.mark.parametrize(("windows", "sizes"), [(5, [5] * 3), (8, [8] * 2), (None, [32])])
+def test_windows_are_scored_in_batches_of_the_configured_size(tiny_corpus, windows, sizes):
+    data = TokenDataModule(
+        tiny_corpus, seq_len=32, batch_tokens=256, max_val_tokens=400, val_batch_windows=windows
+    )
+    data.setup("validate")
+    # Thirteen windows; what is left of the last batch is padding.
+    assert [len(batch.tokens_BS1) for batch in data.val_dataloader()] == sizes
+
+
 def test_an_impossible_split_is_refused_with_the_numbers(tiny_data):
     attach(tiny_data, world_size=3)
     with pytest.raises(ValueError, match=r"batch_tokens=256 cannot be split evenly over 3 devices"):
@@ -60,7 +87,7 @@ def test_another_vocabulary_than_the_models_is_refused(tiny_data, tiny_gpt):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_the_byte_count_is_audited_before_anything_is_scored(tiny_data, monkeypatch, stage):
+def test_the_byte_count_is_audited_before_anything_is_scored(tiny_corpus, monkeypatch, stage):
     asked = []
 
     def failing(table, tokenizer, tokens, max_tokens):
@@ -68,9 +95,11 @@ def test_the_byte_count_is_audited_before_anything_is_scored(tiny_data, monkeypa
         raise ValueError("the byte table is wrong")
 
     monkeypatch.setattr("pgl.data.datamodule.audit_bytes", failing)
-    tiny_data.audit_tokens = 123
+    data = TokenDataModule(
+        tiny_corpus, seq_len=32, batch_tokens=256, max_val_tokens=400, audit_tokens=123
+    )
     with pytest.raises(ValueError, match="byte table is wrong"):
-        tiny_data.setup(stage)
+        data.setup(stage)
     assert asked == [(400, 123)]
 
 

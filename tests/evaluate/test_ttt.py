@@ -5,6 +5,7 @@ import torch
 
 from pgl.evaluate import (
     BitsPerByte,
+    FullTTTConfig,
     TTTConfig,
     WindowLoader,
     evaluate_windows,
@@ -12,6 +13,7 @@ from pgl.evaluate import (
     score_first_ttt,
     train_on_all,
 )
+from pgl.evaluate.adapt import sequence_loss
 from pgl.evaluate.ttt import chunk_lr
 
 SMALL = {"chunk_tokens": 40, "lr": 0.05, "epochs": 2, "batch_seqs": 2}
@@ -126,20 +128,22 @@ def test_every_setting_acts(make_gpt, small_table, stream, changes):
     assert losses[0] != losses[1]
 
 
-def test_micro_batches_change_nothing(make_gpt, small_table, stream):
+def test_micro_batches_change_nothing_but_their_size(make_gpt, small_table, stream):
     settings = SMALL | {"chunk_tokens": 80, "batch_seqs": 5}
-    losses = [
-        float(
-            run(
-                make_gpt(),
-                small_table,
-                stream(250),
-                TTTConfig(**settings, micro_batch_seqs=micro_batch_seqs),
-            )[0]["loss"]
-        )
-        for micro_batch_seqs in (32, 2)
-    ]
+    losses, sizes = [], {32: set(), 2: set()}
+    for micro_batch_seqs, seen in sizes.items():
+
+        def loss(gpt, ids_BS, targets_BS, seen=seen):
+            seen.add(len(ids_BS))
+            return sequence_loss(gpt, ids_BS, targets_BS)
+
+        config = TTTConfig(**settings, micro_batch_seqs=micro_batch_seqs)
+        scores, _ = run(make_gpt(), small_table, stream(250), config, loss=loss)
+        losses.append(float(scores["loss"]))
+        full = FullTTTConfig(epochs=1, batch_seqs=5, micro_batch_seqs=micro_batch_seqs)
+        train_on_all(make_gpt(), stream(81), full, seq_len=16, allow_illegal=True, loss=loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert sizes == {32: {5}, 2: {2, 1}}
 
 
 def test_frozen_blocks_stay_and_flags_come_back(make_gpt, small_table, stream):
@@ -236,6 +240,27 @@ def test_training_on_all_of_it(make_gpt, small_table, stream):
     assert losses[-1] < losses[0] - 0.3
     after = evaluate_windows(gpt, loader, BitsPerByte(small_table))
     assert after["loss"] < before["loss"] - 0.3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 0.02},
+        {"epochs": 3},
+        {"momentum": 0.0},
+        {"grad_clip_norm": 0.1},
+        {"batch_seqs": 2},
+        {"freeze_blocks": 2},
+    ],
+)
+def test_every_setting_of_training_on_all_of_it_acts(make_gpt, stream, changes):
+    settings = {"lr": 0.05, "epochs": 2, "batch_seqs": 4}
+    weights = []
+    for config in (FullTTTConfig(**settings), FullTTTConfig(**settings | changes)):
+        gpt = make_gpt()
+        train_on_all(gpt, stream(150), config, seq_len=16, allow_illegal=True)
+        weights.append(torch.cat([parameter.flatten() for parameter in gpt.parameters()]))
+    assert not torch.equal(*weights)
 
 
 def test_epoch_loss_is_the_mean_over_its_targets(make_gpt, stream):

@@ -1,12 +1,13 @@
 """Routing of parameters and the optimizer that is built from a config."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pgl.optim import OptimizerConfig, build_optimizer, route
+from pgl.optim import OptimizerConfig, build_optimizer, groups, route
 
 
 class Block(nn.Module):
@@ -115,19 +116,31 @@ def test_settings_reach_the_groups() -> None:
         momentum_format="int8",
     )
     optimizer = build_optimizer(Tiny(), config)
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    matrix = groups["matrix"]
+    by_name = {group["name"]: group for group in optimizer.param_groups}
+    matrix = by_name["matrix"]
     assert (matrix["lr"], matrix["weight_decay"]) == (0.1, 0.6)
     assert 0 < matrix["momentum"] < 1  # a start; ScheduleConfig sets it at every step
     assert (matrix["nesterov"], matrix["ns_steps"]) == (False, 7)
     assert (matrix["ns_coefficients"], matrix["decay_order"]) == ("polar_express", "after")
     for name, lr, decay in (("scalar", 0.2, 0.7), ("embedding", 0.3, 0.7), ("head", 0.4, 0.8)):
-        assert (groups[name]["lr"], groups[name]["weight_decay"]) == (lr, decay)
-        assert (groups[name]["betas"], groups[name]["eps"]) == ((0.11, 0.12), 0.13)
+        assert (by_name[name]["lr"], by_name[name]["weight_decay"]) == (lr, decay)
+        assert (by_name[name]["betas"], by_name[name]["eps"]) == ((0.11, 0.12), 0.13)
     assert optimizer.grad_clip_norm is None
     matrices = matrix["params"]
     assert all("momentum_codes" in optimizer.state[p] for p in matrices)
     assert build_optimizer(Tiny(), OptimizerConfig()).grad_clip_norm == 0.3
+    assert build_optimizer(Tiny(), OptimizerConfig(clip="local")).clip == "local"
+
+
+@pytest.mark.parametrize(("is_cuda", "compiled"), [(True, [True, False]), (False, [False] * 2)])
+def test_muon_is_compiled_where_it_is_asked_for_on_a_gpu(monkeypatch, is_cuda, compiled) -> None:
+    asked = []
+    monkeypatch.setattr(groups, "MuonAdamW", lambda *_, compile, **__: asked.append(compile))
+    parameter = SimpleNamespace(requires_grad=True, ndim=2, is_cuda=is_cuda)
+    gpt = SimpleNamespace(named_parameters=lambda: [("blocks.0.c_q.weight", parameter)])
+    for wanted in (True, False):
+        build_optimizer(gpt, OptimizerConfig(compile=wanted))
+    assert asked == compiled
 
 
 @pytest.mark.parametrize(

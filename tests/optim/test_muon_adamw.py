@@ -25,17 +25,24 @@ def naive_muon(p: Tensor, gradients: list[Tensor], group: dict[str, Any]) -> Ten
     p, m = p.detach().clone(), torch.zeros_like(p)
     for g in gradients:
         m = group["momentum"] * m + g
-        u = g + group["momentum"] * m
-        o = zeropower(u, dtype=torch.float32) * max(1, p.size(0) / p.size(1)) ** 0.5
+        u = g + group["momentum"] * m if group["nesterov"] else m
+        o = zeropower(u, group["ns_steps"], group["ns_coefficients"], dtype=torch.float32)
+        o = o * max(1, p.size(0) / p.size(1)) ** 0.5
         p = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * o
     return p
 
 
-def test_every_matrix_equals_naive_muon() -> None:
-    optimizer = make_optimizer(ns_dtype=torch.float32)
-    group = optimizer.param_groups[1]
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"nesterov": False}, {"ns_steps": 3}, {"ns_coefficients": "polar_express"}],
+)
+def test_every_matrix_equals_naive_muon(settings: dict[str, Any]) -> None:
+    group = {"kind": "muon", "name": "matrix", "params": make_parameters(SHAPES)}
+    group |= {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, "nesterov": True}
+    group |= {"ns_steps": 5, "ns_coefficients": "keller", **settings}
+    optimizer = MuonAdamW([group], ns_dtype=torch.float32)
     expected = [
-        naive_muon(p, [random(*p.shape, seed=1000 * step + i + 1) for step in range(4)], group)
+        naive_muon(p, [random(*p.shape, seed=1000 * step + i) for step in range(4)], group)
         for i, p in enumerate(group["params"])
     ]
     train(optimizer, 0, 4)
@@ -59,10 +66,13 @@ def test_muon_against_torch() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=6e-3)  # both iterate in bf16
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_against_torch(weight_decay: float) -> None:
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay"),
+    [((0.9, 0.95), 1e-8, 0.0), ((0.9, 0.95), 1e-8, 0.1), ((0.5, 0.8), 0.01, 0.1)],
+)
+def test_adamw_against_torch(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     ours, theirs = make_parameters(SCALAR_SHAPES), make_parameters(SCALAR_SHAPES)
-    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+    settings = {"lr": 0.01, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     optimizer = MuonAdamW([{"kind": "adamw", "name": "scalar", "params": ours, **settings}])
     reference = torch.optim.AdamW(theirs, foreach=False, fused=False, **settings)
     for step in range(10):

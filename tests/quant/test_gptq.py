@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgl.quant import GPTQConfig, RowGrid, dequantize_rows, gptq, quantize_rows
 from pgl.quant.gptq import damp, inverse_factor
@@ -111,6 +112,38 @@ def test_each_setting_changes_the_result():
         for p in (0.8, 1.0)
     ]
     assert output_loss(w, by_output, hessian) == pytest.approx(min(worse))
+
+
+@pytest.mark.parametrize(("select_by", "quantile"), [("mse", 1.0), ("hessian", 0.9)])
+def test_the_quantile_is_the_best_for_the_weights_or_for_the_outputs(select_by, quantile):
+    # An outlier on an input that is next to never there: its error moves no output.
+    w, hessian = problem()[0], torch.eye(40)
+    w[:, 3] = 10 * w.abs().max()
+    hessian[3, 3] = 1e-9
+    settings = {"clip": "search", "scale_floor": None}
+    searched = RowGrid(search_quantiles=[0.9, 1.0], **settings)
+    rows = gptq(w, hessian, searched, GPTQConfig(select_by=select_by))
+    alone = gptq(w, hessian, RowGrid(search_quantiles=[quantile], **settings))
+    assert torch.equal(rows.scale_R, alone.scale_R)
+    assert torch.equal(rows.codes_RC, alone.codes_RC)
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts the products that correct columns which are still to be coded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.baddbmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("block_columns", "blocks"), [(7, 6), (40, 1)])
+def test_columns_are_corrected_block_by_block(block_columns, blocks):
+    w, hessian = problem()
+    with ProductCounter() as products:
+        gptq(w, hessian, RowGrid(clip="max"), GPTQConfig(block_columns=block_columns))
+    assert products.count == w.shape[1] + blocks
 
 
 def test_weight_clamp_of_the_grid_holds():

@@ -1,6 +1,7 @@
 """FineWeb against a hub on this machine that fails in every way seen in practice."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from pgl.data.shards import read_shard, write_shard
 from pgl.data.sources import DownloadError, FineWeb
+from pgl.data.sources.hub import HubFiles
 from pgl.data.tokenizer import train_tokenizer
 
 DATASET = "datasets/datasets/fineweb10B_sp1024"
@@ -93,6 +95,31 @@ def test_leaves_nothing_but_the_challenge_layout(stocked, tmp_path):
         "datasets/fineweb10B_sp1024/fineweb_train_000001.bin",
         "datasets/fineweb10B_sp1024/fineweb_val_000000.bin",
     }
+
+
+def test_files_of_another_revision_are_other_files(stocked, tmp_path):
+    source(tmp_path).prepare()
+    stocked.requests.clear()
+    with pytest.raises(ValueError, match="someone/golf at v2 cannot be had"):
+        source(tmp_path, revision="v2").prepare()
+    assert all("/resolve/v2/" in name for _, name in stocked.requests)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_files_are_loaded_at_a_time_as_configured(stocked, tmp_path, monkeypatch, threads):
+    under_way, most = [], [0]
+    fetch = HubFiles.fetch
+
+    def slow_fetch(self, remote, *arguments):
+        under_way.append(remote)
+        most[0] = max(most[0], len(under_way))
+        threading.Event().wait(0.2)
+        fetch(self, remote, *arguments)
+        under_way.remove(remote)
+
+    monkeypatch.setattr(HubFiles, "fetch", slow_fetch)
+    source(tmp_path, download_threads=threads).prepare()
+    assert most[0] == threads
 
 
 def test_second_prepare_needs_no_network(stocked, tmp_path):

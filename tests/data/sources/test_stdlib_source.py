@@ -124,6 +124,7 @@ def test_same_modules_give_the_same_files(tmp_path):
     first, second = make(tmp_path / "a"), make(tmp_path / "b")
     first.prepare()
     second.prepare()
+    assert first.corpus().tokenizer_path.is_relative_to(tmp_path / "a" / "cache")
     for one, other in zip(
         sorted(first.corpus().tokenizer_path.parent.iterdir()),
         sorted(second.corpus().tokenizer_path.parent.iterdir()),
