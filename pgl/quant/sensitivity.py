@@ -19,6 +19,7 @@ def collect_output_energies(
 
     The gradient is that of a token's cross-entropy in nats. To second order (the diagonal of the
     Fisher information) an error of variance v in output r costs ``energy_r * v / 2`` nats a token.
+    The output is that of the stored weight: a gain that the layer multiplies into it comes behind.
 
     Args:
         model: An eager model; it is run in evaluation mode and returned to the mode it was in. Its
@@ -34,12 +35,15 @@ def collect_output_energies(
         ValueError: There are no batches.
     """
     outputs: dict[str, Tensor] = {}
+    gains: dict[str, Tensor] = {}
 
-    def keep(name: str, output: Tensor) -> None:
+    def keep(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
         outputs[f"{name}.weight"] = output
+        if len(args) > 1:  # see CastedLinear.forward
+            gains[f"{name}.weight"] = args[1]
 
     hooks = [
-        module.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda _, args, output, name=name: keep(name, args, output))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -54,6 +58,8 @@ def collect_output_energies(
                 gradients = torch.autograd.grad(losses_BT.sum(), list(outputs.values()))
             for name, gradient in zip(outputs, gradients, strict=True):
                 energy_R = gradient.flatten(0, -2).float().square().sum(0)
+                if name in gains:
+                    energy_R *= gains[name].detach().float().square()
                 energies[name] = energies[name] + energy_R if name in energies else energy_R
             num_tokens += ids_BT.numel()
             outputs.clear()

@@ -96,7 +96,7 @@ def test_the_kernels_that_run_change_at_the_switch(golf_run, tiny_gpt):
     run, compiled = qat_run(golf_run, tiny_gpt, "late", "compiled", compile=True)
     until_the_switch = slice(BELOW_HALF + 1)  # behind it a weight may round to its other neighbour
     assert compiled.losses[until_the_switch] == pytest.approx(
-        eager.losses[until_the_switch], rel=1e-4
+        eager.losses[until_the_switch], rel=5e-4
     )
     assert run.callback(WallClockBudget).graphs_compiled == 0
 

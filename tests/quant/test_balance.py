@@ -143,11 +143,11 @@ def test_energies_are_squared_gradients_of_each_token_of_outputs(gpt):
     assert all(p.grad is None for p in gpt.parameters())
     assert gpt.training
     assert not any(module._forward_hooks for module in gpt.modules())
-    # The gradient of a bias that does nothing is the sum of the output's gradients.
+    # The gradient of a bias that does nothing, before the layer's gain, is the output's.
     name = "blocks.1.mlp.proj"
     layer = gpt.get_submodule(name)
     shift = torch.zeros(4, 8, 16, requires_grad=True)
-    handle = layer.register_forward_hook(lambda module, args, output: output + shift)
+    handle = layer.register_forward_hook(lambda module, args, output: output + args[1] * shift)
     gpt.eval().token_losses(ids, targets).sum().backward()
     handle.remove()
     expected = shift.grad.square().mean((0, 1))
@@ -163,13 +163,28 @@ def test_energies_predict_what_an_error_costs(gpt):
     name = "blocks.1.mlp.proj"
     energies = collect_output_energies(gpt, [(ids, targets)], "cpu", gpt.token_losses)
     noise = 0.02 * torch.randn(64, 16, 16)
-    handle = gpt.get_submodule(name).register_forward_hook(lambda module, args, out: out + noise)
+    handle = gpt.get_submodule(name).register_forward_hook(
+        lambda module, args, output: output + args[1] * noise
+    )
     with torch.no_grad():
         after = gpt(ids).log_softmax(-1)
     handle.remove()
     divergence = (before.exp() * (before - after)).sum(-1).mean().item()
     predicted = 0.02**2 * energies[f"{name}.weight"].sum().item() / 2
     assert divergence == pytest.approx(predicted, rel=0.35)
+
+
+def test_energies_are_of_the_stored_weight_whatever_gain_it_is_under(gpt):
+    ids, targets = torch.randint(32, (4, 8)), torch.randint(32, (4, 8))
+    before = collect_output_energies(gpt, [(ids, targets)], "cpu", gpt.token_losses)
+    block = gpt.blocks[0]
+    for gain, layer in ((block.attn_scale, block.attn.proj), (block.mlp_scale, block.mlp.proj)):
+        gain.data *= 3
+        layer.weight.data /= 3
+    after = collect_output_energies(gpt, [(ids, targets)], "cpu", gpt.token_losses)
+    for name in before:
+        gained = name in ("blocks.0.attn.proj.weight", "blocks.0.mlp.proj.weight")
+        torch.testing.assert_close(after[name], (9 if gained else 1) * before[name])
 
 
 def test_no_batches_are_refused(gpt):
