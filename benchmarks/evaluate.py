@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import load_recipe, median_ms, wait
+from timing import PEAK_FLOPS, load_recipe, median_ms, wait
 
 from pgl.evaluate import (
     BitsPerByte,
@@ -25,8 +25,6 @@ from pgl.evaluate import (
     score_batch,
 )
 from pgl.model import GPTConfig
-
-PEAK_FLOPS = 785e12  # bf16 matrix product 8192^3, measured on one H200
 
 
 def window_flops(config: GPTConfig, seq_len: int, last: int) -> float:

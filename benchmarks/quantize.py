@@ -22,6 +22,7 @@ from pgl.artifact.codecs import compress, decompress
 from pgl.artifact.entropy import predicted_bytes
 from pgl.artifact.size import order0_bytes
 from pgl.artifact.streams import code_layout, make_table, plan_streams, to_streams
+from pgl.challenge import ARTIFACT_LIMIT_BYTES
 from pgl.generate import generate_batch
 from pgl.quant import (
     Calibration,
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ckpt_path")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--sample-sequences", type=int, default=0)
-    parser.add_argument("--limit-bytes", type=int, default=16_000_000)
+    parser.add_argument("--limit-bytes", type=int, default=ARTIFACT_LIMIT_BYTES)
     parser.add_argument("--codecs", nargs="*", default=sorted(CODECS))
     options = parser.parse_args()
     recipe, module = load_recipe(options.config)

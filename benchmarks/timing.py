@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from pgl.module import GolfModule
 from pgl.optim.ranks import Ranks
 
+PEAK_FLOPS = 785e12  # bf16 matrix product 8192^3, measured on one H200
 STRATEGIES = ("ddp", "parallel_muon")
 
 T = TypeVar("T")

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from pgl.artifact import GroupSize, SizeReport
 from pgl.artifact.fit import Attempt
-from pgl.quant import QuantizationLoss, losses_by_group
-from pgl.quant.losses import sum_losses
+from pgl.quant import QuantizationLoss, losses_by_group, sum_losses
 
 
 @dataclass(frozen=True)

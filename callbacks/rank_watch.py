@@ -1,4 +1,4 @@
-"""Several processes that agree when they start, and of which none waits for a dead one."""
+"""Several processes that agree at start and end, and of which none waits for a dead one."""
 
 from datetime import timedelta
 from typing import Any
@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from callbacks.divergence_guard import DivergenceGuard
+from callbacks.find import optional_callback
 from pgl.errors import RankError
 from pgl.fingerprint import (
     Fingerprint,
@@ -32,12 +34,14 @@ class RankWatch(Callback):
     and their code. From then on each shows a sign of life about twice a second, whatever its GPU
     does. A rank whose collective fails waits a few seconds to learn who is to blame; one that hangs
     in a collective with a dead rank ends after ``timeout_seconds``. The message names the rank.
-    When training ends the ranks compare their weights: not a bit may differ.
+    When training ends the ranks compare their weights: not a bit may differ. Averages are computed
+    from them, by each rank alike, and not compared.
 
     A rank that lives but does not take part any more is a matter of the collectives' own time-out.
 
     Note:
-        One process has nothing to watch and pays nothing.
+        One process has nothing to watch and pays nothing. RunReport behind it says how the
+        comparison ended.
 
     Example::
 
@@ -110,9 +114,12 @@ class RankWatch(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends: compare the replicas' weights."""
+        """Called when training ends: compare the replicas' weights, once no step is in flight."""
         if trainer.world_size == 1:
             return
+        guard = optional_callback(trainer, DivergenceGuard)
+        if guard is not None:
+            guard.settle(trainer, pl_module)  # which may roll them back
         hashes: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(hashes, {"weights": weights_fingerprint(pl_module)})
         different = disagreement(hashes)

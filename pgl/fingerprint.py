@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common: settings, data and code, as flat text."""
+"""What all processes of a run must have in common: settings, data, code, weights, as flat text."""
 
 import hashlib
 import inspect
@@ -32,12 +32,11 @@ def files_fingerprint(paths: Iterable[Path]) -> Fingerprint:
 
 def weights_fingerprint(module: torch.nn.Module) -> Fingerprint:
     """Return a hash of each parameter's bytes, by its name."""
-    return {
-        name: hashlib.sha256(
-            parameter.detach().cpu().flatten().view(torch.uint8).numpy()
-        ).hexdigest()
-        for name, parameter in module.named_parameters()
-    }
+    fingerprint = {}
+    for name, parameter in module.named_parameters():
+        data = parameter.detach().cpu().flatten().view(torch.uint8).numpy()
+        fingerprint[name] = hashlib.sha256(data).hexdigest()[:16]
+    return fingerprint
 
 
 def code_fingerprint() -> Fingerprint:
@@ -60,7 +59,7 @@ def disagreement(fingerprints: Sequence[dict[str, Fingerprint]]) -> str | None:
     """Say how ranks differ from rank 0; None if they do not.
 
     Args:
-        fingerprints: Of each rank, by kind ("config", "data", "code").
+        fingerprints: Of each rank, by kind ("config", "data", "code", "weights").
     """
     first, found = fingerprints[0], []
     for kind in first:

@@ -39,4 +39,11 @@ def squared_mlp_fits(rows: int, dim: int, hidden: int, dtype: torch.dtype) -> bo
     return even and dtype in (torch.bfloat16, torch.float16)
 
 
-__all__ = ["available", "load", "squared_mlp_available", "squared_mlp_fits"]
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU, 1 of the CPU on which Triton interprets."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__ = ["available", "load", "processors", "squared_mlp_available", "squared_mlp_fits"]

@@ -7,6 +7,8 @@ took 3.7 ms of a step of 74. One stream of 98,304 tokens of 512 in bfloat16 take
 4.24 TB/s of an H200; the sum reads and writes 4 forward and 4 backward, the mix 4 and 6, the mix
 with a cache 5 and 8.
 
+Arithmetic is float32, whatever the streams are.
+
 Shapes: N rows, E model dim, P programs.
 """
 
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgl.kernels import processors
 from pgl.model.norm import EPSILON
 
 
@@ -27,18 +30,18 @@ class Launch(NamedTuple):
     """Rows of a block."""
     warps: int
     """Warps of a program."""
-    stages: int = 1
-    """Blocks whose loads are in flight."""
-    programs: int = 0
-    """Programs per multiprocessor, which walk over the blocks; 0: one program for each block."""
 
 
 # On an H200 at 98,304 rows of 512: 102 us (103 with the mix, 124 with a cache), 99 us, and 162 us
-# (210 with a cache), the fastest of 6, 6 and 14. A program of four rows and warps took 203 us for
-# the last: 160 registers a thread leave room for three of them.
+# (210 with a cache), the fastest of 6, 6 and 14. Four rows and warps a program took 203 us for the
+# last: with 160 registers a thread no more than three of them share a multiprocessor.
 FORWARD = Launch(rows=4, warps=4)
 SUM_BACKWARD = Launch(rows=4, warps=4)
-MIX_BACKWARD = Launch(rows=1, warps=1, stages=3, programs=12)
+MIX_BACKWARD = Launch(rows=1, warps=1)
+MIX_PROGRAMS = 12
+"""Programs per multiprocessor, which walk over the blocks and add up the mix's gradient."""
+MIX_STAGES = 3
+"""Blocks whose loads are in flight in each of them."""
 
 
 @triton.jit
@@ -252,13 +255,13 @@ def mix_norm_backward(
     dx_NE, dx0_NE = torch.empty_like(x_NE), torch.empty_like(x_NE)
     dcached_NE = torch.empty_like(x_NE) if cached else x_NE.new_empty(0, dim)
     launch = MIX_BACKWARD
-    programs = min(launch.programs * _processors(x_NE.device), triton.cdiv(rows, launch.rows))
+    programs = min(MIX_PROGRAMS * processors(x_NE.device), triton.cdiv(rows, launch.rows))
     dmix_P2E = x_NE.new_empty(programs, 2, dim, dtype=torch.float32)
     _mix_backward_kernel[(programs,)](
         dsum_NE.contiguous(), dnormed_NE.contiguous(), x_NE,
         cached_NE.contiguous() if cached else x_NE, x0_NE, mix_2E.contiguous(),
         dx_NE, dcached_NE, dx0_NE, dmix_P2E, rows, scale, EPSILON,
-        E=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows, STAGES=launch.stages,
+        E=dim, BLOCK=triton.next_power_of_2(dim), ROWS=launch.rows, STAGES=MIX_STAGES,
         CACHED=cached, num_warps=launch.warps,
     )  # fmt: skip
     return dx_NE, dcached_NE, dx0_NE, dmix_P2E.sum(0)
@@ -297,9 +300,3 @@ def _mix_backward(
 
 
 mix_norm.register_autograd(_mix_backward, setup_context=_save_mix)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

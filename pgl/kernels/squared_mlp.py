@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pgl.kernels import processors
+
 
 @triton.jit
 def _finish(total, h_desc, out_desc, n, f, slope, BACKWARD: tl.constexpr):
@@ -76,7 +78,7 @@ def _launch(
 ) -> None:
     tiles = BACKWARD_TILES if backward else FORWARD_TILES
     rows, hidden = h_NF.shape
-    programs = tiles.programs * _processors(x_NE.device)
+    programs = tiles.programs * processors(x_NE.device)
     half_block = [tiles.n, tiles.f // 2]
     _activation_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_NE, [tiles.n, tiles.e]),
@@ -87,14 +89,6 @@ def _launch(
         E=x_NE.size(1), BN=tiles.n, BF=tiles.f, BE=tiles.e, PROGRAMS=programs, BACKWARD=backward,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _processors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
 
 
 @torch.library.custom_op("pgl::activated_product_backward", mutates_args=())

@@ -4,7 +4,12 @@ from pgl.quant.fake_quant import FakeQuantConfig, fake_quantize
 from pgl.quant.gptq import gptq
 from pgl.quant.groups import GROUPS, tensor_group
 from pgl.quant.hessians import collect_hessians
-from pgl.quant.losses import QuantizationLoss, losses_by_group, quantization_losses
+from pgl.quant.losses import (
+    QuantizationLoss,
+    losses_by_group,
+    quantization_losses,
+    sum_losses,
+)
 from pgl.quant.prune import prune_by_magnitude
 from pgl.quant.quantize import StateQuantizer, quantize_state, storage_kind
 from pgl.quant.ranks import average_over_ranks
@@ -37,5 +42,6 @@ __all__ = [
     "quantize_rows",
     "quantize_state",
     "storage_kind",
+    "sum_losses",
     "tensor_group",
 ]

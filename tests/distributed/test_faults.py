@@ -70,7 +70,7 @@ def test_a_rank_that_dies_is_named_by_the_other(tmp_path, source, act, says):
 
 
 def test_a_rank_that_hangs_ends_the_collective(tmp_path, source):
-    times = {"timeout_seconds": 30.0, "collective_timeout_seconds": 5.0}
+    times = {"timeout_seconds": 10.0, "collective_timeout_seconds": 5.0}
     assert in_ranks(2, faults.faulty, tmp_path, source, "hang", times)[0] == 7
     text = (tmp_path / "rank0.txt").read_text()
     assert "one does not take part (rank 0: step 3, rank 1: step 3)" in text

@@ -1,5 +1,8 @@
 """A compiled model whose blocks use the kernels, against the plain model."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,10 +11,13 @@ from pgl.model import GPT, GPTConfig
 from pgl.model.mlp import MLP
 
 # On a GPU the MLP's kernel takes whole tiles of 16-bit tensors only; the interpreter is slow.
-HIDDEN, LENGTH = (256, 64) if torch.cuda.is_available() else (96, 16)
+ON_GPU = torch.cuda.is_available()
+HIDDEN, LENGTH = (256, 64) if ON_GPU else (32, 8)
+# Of losses and of gradients, in bfloat16 and in float32.
+TOLERANCE, GRADIENT_TOLERANCE = (5e-2, 5e-2) if ON_GPU else (1e-4, 1e-3)
 CONFIG = GPTConfig(
-    num_layers=4,
-    model_dim=64,
+    num_layers=3,
+    model_dim=64 if ON_GPU else 32,
     num_heads=4,
     num_kv_heads=2,
     mlp_hidden=HIDDEN,
@@ -19,8 +25,8 @@ CONFIG = GPTConfig(
     xsa_last_layers=1,
     cache_layer=1,
     backout=True,
-    rope_dims=8,
-    value_embedding_layers=[3],
+    rope_dims=4,
+    value_embedding_layers=[2],
     ln_scale=True,
     smear_gate=True,
     bigram_buckets=32,
@@ -29,9 +35,11 @@ CONFIG = GPTConfig(
 
 
 @pytest.fixture
-def use_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def use_kernels(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
     torch._dynamo.reset()  # each layer that is changed compiles anew, and their number is limited
-    if kernel_device.type == "cpu":
+    if not ON_GPU:
         from pgl.kernels import squared_mlp
 
         tiles = squared_mlp.Tiles(n=16, f=16, e=16, warps=4, stages=2, programs=2)
@@ -40,12 +48,13 @@ def use_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(kernels, "available", lambda device: True)
         monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
         monkeypatch.setattr(MLP, "_fits", lambda mlp, x: True)
-    return kernel_device
+    with torch.autocast(kernel_device.type, torch.bfloat16, enabled=ON_GPU):
+        yield kernel_device
 
 
-def randomized(device: torch.device) -> GPT:
+def randomized(device: torch.device, config: GPTConfig = CONFIG) -> GPT:
     torch.manual_seed(0)
-    gpt = GPT(CONFIG).to(device)
+    gpt = GPT(config).to(device)
     for parameter in gpt.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return gpt
@@ -58,7 +67,7 @@ def calls_of(graphs: list[torch.fx.GraphModule]) -> set[str]:
 
 def test_losses_and_gradients_are_those_of_the_plain_model(use_kernels: torch.device) -> None:
     gpt = randomized(use_kernels)
-    ids_BT = torch.randint(1024, (2, 16), device=use_kernels)
+    ids_BT = torch.randint(1024, (2, LENGTH), device=use_kernels)
     targets_BT = ids_BT.roll(-1, 1)
     plain_BT = gpt.token_losses(ids_BT, targets_BT)
     plain_BT.mean().backward()
@@ -68,11 +77,11 @@ def test_losses_and_gradients_are_those_of_the_plain_model(use_kernels: torch.de
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
     fused_BT = compiled(ids_BT, targets_BT)
     fused_BT.mean().backward()
-    torch.testing.assert_close(fused_BT, plain_BT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_BT, plain_BT, rtol=TOLERANCE, atol=TOLERANCE)
     for name, parameter in gpt.named_parameters():
         scale = float(expected[name].abs().max()) + 1e-8
         difference = float((parameter.grad - expected[name]).abs().max())
-        assert difference < 1e-3 * scale, name
+        assert difference < GRADIENT_TOLERANCE * scale, name
 
 
 def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None:
@@ -85,8 +94,7 @@ def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None
         return graph
 
     ids_BT = torch.randint(1024, (2, LENGTH), device=use_kernels)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=use_kernels.type == "cuda")
-    with torch.no_grad(), autocast:
+    with torch.no_grad():
         torch.compile(gpt.token_losses, backend=keep, fullgraph=True)(ids_BT, ids_BT)
     names = {call.split(".")[1] for call in calls_of(graphs)}
     assert names == {"qkv_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
@@ -102,9 +110,10 @@ def test_kernels_off_leaves_them_out(
 
 
 def test_fake_quantisation_reaches_the_products_of_the_kernels(use_kernels: torch.device) -> None:
-    gpt = randomized(use_kernels)
+    two_layers = replace(CONFIG, num_layers=2, cache_layer=0, value_embedding_layers=[])
+    gpt = randomized(use_kernels, two_layers)
     gpt.prepare(use_kernels)
-    ids_BT = torch.randint(1024, (1, 16), device=use_kernels)
+    ids_BT = torch.randint(1024, (2, LENGTH), device=use_kernels)
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         exact_BT = compiled(ids_BT, ids_BT)
@@ -113,6 +122,6 @@ def test_fake_quantisation_reaches_the_products_of_the_kernels(use_kernels: torc
             layer.qat_clip = 7
             changed_BT = compiled(ids_BT, ids_BT)
             plain_BT = gpt.token_losses(ids_BT, ids_BT)
-            torch.testing.assert_close(changed_BT, plain_BT, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(changed_BT, plain_BT, rtol=TOLERANCE, atol=TOLERANCE)
             assert (changed_BT - exact_BT).abs().max() > 1e-3, name
             layer.qat_clip = None
