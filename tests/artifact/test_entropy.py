@@ -205,6 +205,58 @@ def test_another_layout_is_refused():
         decode(b"x", 0, [(0, 9)])
 
 
+def repacked(packed, **changes):
+    """A stream with other fields in its header, or another side information."""
+    low, last_symbol, side_bytes, num_words = entropy._HEADER.unpack_from(packed)
+    side_stop = entropy._HEADER.size + side_bytes
+    side = changes.get("side", packed[entropy._HEADER.size : side_stop])
+    header = entropy._HEADER.pack(
+        changes.get("low", low), last_symbol, len(side), changes.get("num_words", num_words)
+    )
+    return header + side + packed[side_stop:] + changes.get("more", b"")
+
+
+def test_words_left_over_are_noticed():
+    matrix = gaussian(20, 30, 0.1)
+    packed = encode(matrix.tobytes(), [matrix.shape])
+    num_words = entropy._HEADER.unpack_from(packed)[3]
+    longer = repacked(packed, num_words=num_words + 1, more=b"\0\0")
+    with pytest.raises(CodecError, match="damaged"):
+        decode(longer, matrix.size, [matrix.shape])
+
+
+def test_codes_beyond_int8_are_refused():
+    matrix = gaussian(20, 30, 0.1)
+    packed = repacked(encode(matrix.tobytes(), [matrix.shape]), low=126)
+    with pytest.raises(CodecError, match="header does not fit"):
+        decode(packed, matrix.size, [matrix.shape])
+
+
+@pytest.mark.parametrize("num_bytes", [599, 601])
+def test_a_layout_of_more_or_fewer_codes_is_another_one(num_bytes):
+    matrix = gaussian(20, 30, 0.1)
+    with pytest.raises(CodecError, match="another layout"):
+        decode(encode(matrix.tobytes(), [matrix.shape]), num_bytes, [matrix.shape])
+
+
+def test_one_table_that_does_not_add_up_is_enough():
+    matrices = [gaussian(20, 30, 0.02, seed=1), gaussian(20, 30, 0.6, seed=2)]
+    layout = [matrix.shape for matrix in matrices]
+    data = b"".join(matrix.tobytes() for matrix in matrices)
+    packed = encode(data, layout)
+    start = entropy._HEADER.size
+    stop = start + entropy._HEADER.unpack_from(packed)[2]
+    filters = entropy._SIDE_FILTERS
+    side = bytearray(lzma.decompress(packed[start:stop], lzma.FORMAT_RAW, filters=filters))
+    num_levels = sum(rows + columns for rows, columns in layout)
+    tables = len(set(side[:num_levels]))
+    assert tables > 1, "the test needs several tables, of which one stays right"
+    side[num_levels] ^= 1  # the low byte of a frequency of the first table
+    damaged = repacked(packed, side=lzma.compress(bytes(side), lzma.FORMAT_RAW, filters=filters))
+    with pytest.raises(CodecError, match="do not add up"):
+        decode(damaged, len(data), layout)
+
+
 @given(
     counts=st.lists(st.integers(0, 10**7), min_size=1, max_size=256).filter(any),
 )
