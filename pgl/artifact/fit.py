@@ -22,10 +22,11 @@ from pgl.quant.stored import StoredTensor
 Stored = Mapping[str, StoredTensor]
 
 MAX_PACKS = 6
-MAX_GUESSES = 4  # quantisations between two packs
+MAX_GUESSES = 6  # quantisations between two packs
 SPARE_SHARE = 1 / 4000  # of the limit, which the search leaves unused rather than pack again
 MIN_SPARE_BYTES = 64
 MIN_SLOPE_OCTAVES = 0.02  # over less the rounding of steps to float16 hides the slope
+MAX_LEAP_OCTAVES = 3.0  # of a guess with one side only: near 8 bits a code the slope vanishes
 MAX_OCTAVES = 12.0  # beyond them few codes are not zero, if any
 
 
@@ -171,18 +172,27 @@ class _Search:
         found_bytes = code_bytes(stored)
         num_codes = sum(t.data.numel() for t in stored.values() if t.scale_R is not None)
         slope = -num_codes / 8  # of a fine grid: one bit for each code and octave
-        fine = coarse = None  # the last guesses on either side of the wanted entropy
+        known = [
+            (math.log2(attempt.step_factor), entropy)
+            for attempt, entropy in zip(self.attempts, self.entropies, strict=True)
+        ]
+        sides: list[bool] = []
         for _ in range(MAX_GUESSES):
             if abs(found_bytes - wanted_bytes) <= tolerance_bytes or not num_codes:
                 break
-            if found_bytes > wanted_bytes:
-                fine = octaves, found_bytes
+            sides.append(found_bytes > wanted_bytes)
+            fine = max((k for k in known if k[1] > wanted_bytes), default=None)
+            coarse = min((k for k in known if k[1] <= wanted_bytes), default=None)
+            if fine is None or coarse is None or fine[0] >= coarse[0]:
+                leap = (max(wanted_bytes, 0) - found_bytes) / slope
+                guess = octaves + max(min(leap, MAX_LEAP_OCTAVES), -MAX_LEAP_OCTAVES)
             else:
-                coarse = octaves, found_bytes
-            if fine is not None and coarse is not None:
-                # Where float16 rounds the steps of many rows at once the slope is no guide.
-                slope = min((coarse[1] - fine[1]) / (coarse[0] - fine[0]), -num_codes / 800)
-            guess = octaves + (max(wanted_bytes, 0) - found_bytes) / slope
+                # Near 8 bits a code, and where float16 rounds the steps of many rows at once, a
+                # straight line through both sides hardly comes nearer: at least a sixth does.
+                share = (fine[1] - wanted_bytes) / (fine[1] - coarse[1])
+                halves = len(sides) > 1 and sides[-1] == sides[-2]
+                share = 0.5 if halves else max(min(share, 5 / 6), 1 / 6)
+                guess = fine[0] + share * (coarse[0] - fine[0])
             guess = max(min(guess, MAX_OCTAVES), -MAX_OCTAVES)
             if guess == octaves:
                 break
@@ -191,4 +201,5 @@ class _Search:
             if abs(guess - octaves) >= MIN_SLOPE_OCTAVES:
                 slope = min((guess_bytes - found_bytes) / (guess - octaves), -num_codes / 800)
             octaves, found_bytes = guess, guess_bytes
+            known.append((octaves, found_bytes))
         return 2**octaves, stored

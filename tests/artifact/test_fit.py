@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgl.artifact import ArtifactTooLarge, fit_to_limit
@@ -36,6 +36,8 @@ class Counted:
 
 
 @given(limit_bytes=st.integers(8_000, 110_000), waste=st.floats(0.95, 1.2))
+@example(limit_bytes=108_681, waste=1.03125)  # just below 8 bits a code, where finer steps cost
+@example(limit_bytes=107_780, waste=1.0159451947392373)  # hardly more
 @settings(max_examples=25, deadline=None)
 def test_any_limit_is_kept_and_used(limit_bytes, waste):
     pack = Counted(waste)
