@@ -84,7 +84,7 @@ def measure(
     return {
         "step_ms": round(median, 3),
         "spread_ms": round(spread, 3),
-        "collectives_ms": None if in_collectives is None else round(in_collectives, 3),
+        "collectives_ms": round(in_collectives, 3),
         "momentum_mib": round(optimizer.momentum_bytes() / 2**20, 2),
     }
 

@@ -80,22 +80,25 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def collective_ms(work: Callable[[], None], device: torch.device) -> float | None:
-    """Return the milliseconds that NCCL's kernels run in a call; None if there is no NCCL.
+def collective_ms(work: Callable[[], None], device: torch.device, steps: int = 4) -> float:
+    """Return the mean milliseconds that NCCL's kernels, or gloo's operations, take in a call.
 
-    They include waiting for other ranks. All ranks must call it.
+    They include waiting for other ranks. All ranks must call it. A call before those that count
+    lets all profilers start, which takes longer on one rank than on another.
     """
-    if device.type != "cuda":
-        return None
-    with torch.profiler.profile(acc_events=True) as profile:
-        work()
-        wait(device)
-    microseconds = sum(
-        event.self_device_time_total
-        for event in profile.key_averages()
-        if event.key.startswith("nccl") and event.device_type.name == "CUDA"
-    )
-    return microseconds / 1e3
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, acc_events=True) as profile:
+        for _ in range(1 + steps):
+            work()
+            wait(device)
+            profile.step()
+    microseconds = 0.0
+    for event in profile.key_averages():
+        if event.key.startswith("nccl") and event.device_type.name == "CUDA":
+            microseconds += event.self_device_time_total
+        elif event.key.startswith("gloo:"):
+            microseconds += event.cpu_time_total
+    return microseconds / 1e3 / steps
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

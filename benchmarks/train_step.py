@@ -154,9 +154,7 @@ def measure(
         "forward_backward_spread_ms": round(micro_spread, 2),
         "optimizer_ms": round(optimizer_ms, 2),
         "optimizer_spread_ms": round(optimizer_spread, 2),
-        "collectives_share": None
-        if in_collectives is None
-        else round(in_collectives / whole_ms, 4),
+        "collectives_share": round(in_collectives / whole_ms, 4),
         "tokens_per_second": round(per_second),
         "mfu": round(mfu, 4),
         "peak_memory_gib": peak_memory_gib(device),

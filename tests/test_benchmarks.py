@@ -139,6 +139,8 @@ def test_muon_measures_both_strategies_on_two_processes(recipe, tmp_path):
     assert result["processes"] == 2
     times = [result[strategy]["step_ms"] for strategy in ("ddp", "parallel_muon")]
     assert min(*times, result["gradient_all_reduce_ms"]) > 0
+    # Parallel Muon reduces the gradients within its step.
+    assert result["parallel_muon"]["collectives_ms"] > 0
 
 
 def test_the_cost_of_fake_quantisation_is_that_of_its_rounding(
