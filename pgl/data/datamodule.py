@@ -275,8 +275,8 @@ class TokenDataModule(pl.LightningDataModule):
         }
 
     def _open_validation(self) -> None:
-        shards = [read_shard(path) for path in self.corpus.val_shards]
         self._val_states = [shard_state(path) for path in self.corpus.val_shards]
+        shards = [read_shard(path) for path in self.corpus.val_shards]
         for path, shard in zip(self.corpus.val_shards, shards, strict=True):
             check_tokens(shard, self.vocab_size, path)
         tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)

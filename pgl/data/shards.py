@@ -1,4 +1,4 @@
-"""Token shards: the challenge's file format, read without copying and written whole or not at all.
+"""Token shards: the challenge's file format, read piece by piece and written whole or not at all.
 
 A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) followed
 by that many little-endian uint16 tokens. Documents lie end to end, each opened by the BOS token,
@@ -69,20 +69,54 @@ def token_count(path: str | os.PathLike[str]) -> int:
     return count
 
 
-def read_shard(path: str | os.PathLike[str]) -> np.memmap:
-    """Map a shard's tokens into memory, read-only.
+def read_shard(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read all tokens of a shard.
 
     Args:
         path: The shard file.
 
     Returns:
-        Array of shape (tokens,), little-endian uint16. Nothing is read before it is indexed.
+        Array of shape (tokens,), little-endian uint16.
 
     Raises:
         ShardError: As :func:`token_count`.
     """
     count = token_count(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    return read_tokens(path, 0, count, shard_state(path))
+
+
+def read_tokens(
+    path: str | os.PathLike[str], start: int, count: int, state: tuple[int, int]
+) -> np.ndarray:
+    """Read some tokens of a shard that is as it was when it was opened.
+
+    A file that is cut short while it is mapped into memory ends the process that reads it with
+    SIGBUS, whatever was checked before. Reading copies the same bytes and can only come up short.
+
+    Args:
+        path: The shard file.
+        start: Position of the first token.
+        count: Number of tokens; the shard must have had as many from ``start``.
+        state: The shard's :func:`shard_state` when it was opened.
+
+    Returns:
+        Array of shape (count,), little-endian uint16.
+
+    Raises:
+        ShardError: If the file was deleted or written to since then.
+    """
+    tokens = np.empty(count, dtype="<u2")
+    try:
+        with open(path, "rb") as file:
+            file.seek(HEADER_BYTES + TOKEN_BYTES * start)
+            read_bytes = file.readinto(tokens.view(np.uint8))
+            # After reading: what was written before is seen now.
+            status = os.fstat(file.fileno())
+    except FileNotFoundError as error:
+        raise _deleted(path) from error
+    if read_bytes < tokens.nbytes or (status.st_size, status.st_mtime_ns) != state:
+        raise _changed(path)
+    return tokens
 
 
 def shard_state(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -94,9 +128,7 @@ def shard_state(path: str | os.PathLike[str]) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
-        raise ShardError(
-            f"{path} was deleted while the run was reading it: restore it and resume."
-        ) from error
+        raise _deleted(path) from error
     return status.st_size, status.st_mtime_ns
 
 
@@ -107,7 +139,7 @@ def check_unchanged(path: str | os.PathLike[str], state: tuple[int, int]) -> Non
         ShardError: If it was deleted or written to.
     """
     if shard_state(path) != state:
-        raise ShardError(f"{path} was changed while the run was reading it: restore it and resume.")
+        raise _changed(path)
 
 
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
@@ -172,3 +204,11 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[st
         f"{path} has token {int(tokens[position])} at position {position}, outside the vocabulary "
         f"of {vocab_size}; use the tokenizer that these shards were made with."
     )
+
+
+def _deleted(path: str | os.PathLike[str]) -> ShardError:
+    return ShardError(f"{path} was deleted while the run was reading it: restore it and resume.")
+
+
+def _changed(path: str | os.PathLike[str]) -> ShardError:
+    return ShardError(f"{path} was changed while the run was reading it: restore it and resume.")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgl.data.shards import check_tokens, check_unchanged, read_shard, shard_state
+from pgl.data.shards import check_tokens, check_unchanged, read_tokens, shard_state, token_count
 
 PREFETCH_BATCHES = 4
 _STEPS_WITHOUT_END = 1_000_000_000
@@ -38,9 +38,9 @@ class TokenStream:
             )
         self.paths = list(shards)
         self.vocab_size = vocab_size
-        self._shards = [read_shard(path) for path in self.paths]
+        self._counts = [token_count(path) for path in self.paths]
         self._states = [shard_state(path) for path in self.paths]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self._ends = np.cumsum(self._counts)
         self.total_tokens = int(self._ends[-1])
 
     def check_unchanged(self) -> None:
@@ -62,12 +62,10 @@ class TokenStream:
         position %= self.total_tokens
         while count > 0:
             index = int(np.searchsorted(self._ends, position, side="right"))
-            shard, end = self._shards[index], int(self._ends[index])
-            start = position - (end - len(shard))
-            # Before each read: what was cut off a mapped file ends the process with SIGBUS.
-            check_unchanged(self.paths[index], self._states[index])
-            piece = shard[start : start + min(count, end - position)]
-            check_tokens(piece, self.vocab_size, self.paths[index])
+            path, end = self.paths[index], int(self._ends[index])
+            start = position - (end - self._counts[index])
+            piece = read_tokens(path, start, min(count, end - position), self._states[index])
+            check_tokens(piece, self.vocab_size, path)
             pieces.append(piece)
             count -= len(piece)
             position = (position + len(piece)) % self.total_tokens

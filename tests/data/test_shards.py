@@ -1,5 +1,8 @@
 """The shard format: round trips, and a clear sentence for everything that is wrong."""
 
+import os
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +15,8 @@ from pgl.data.shards import (
     check_tokens,
     list_shards,
     read_shard,
+    read_tokens,
+    shard_state,
     token_count,
     write_shard,
 )
@@ -46,12 +51,46 @@ def test_bytes_on_disk_are_the_challenge_format(tmp_path):
     assert [item.name for item in path.parent.iterdir()] == ["shard.bin"]
 
 
-def test_read_shard_is_a_read_only_map(tmp_path):
-    write_shard(tmp_path / "shard.bin", np.arange(10))
-    shard = read_shard(tmp_path / "shard.bin")
-    assert isinstance(shard, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        shard[0] = 1
+def test_some_tokens_are_read_where_they_lie(tmp_path):
+    path = tmp_path / "shard.bin"
+    write_shard(path, np.arange(1000))
+    state = shard_state(path)
+    assert read_tokens(path, 0, 1000, state).tolist() == list(range(1000))
+    assert read_tokens(path, 990, 10, state).tolist() == list(range(990, 1000))
+    assert read_tokens(path, 5, 0, state).tolist() == []
+
+
+def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_path):
+    # The file is cut and mended again and again, with its old times, while it is read. A mapped
+    # file would end the process with SIGBUS within a few reads.
+    path = tmp_path / "shard.bin"
+    write_shard(path, np.arange(50_000))
+    content = path.read_bytes()
+    state = shard_state(path)
+    done = threading.Event()
+
+    def spoil() -> None:
+        while not done.is_set():
+            with open(path, "r+b") as file:
+                file.truncate(2000)
+                file.write(content)
+            os.utime(path, ns=(state[1], state[1]))
+
+    thread = threading.Thread(target=spoil)
+    thread.start()
+    results = []
+    try:
+        for _ in range(200):
+            try:
+                results.append(int(read_tokens(path, 1000, 49_000, state).sum(dtype=np.int64)))
+            except ShardError as error:
+                results.append(str(error))
+    finally:
+        done.set()
+        thread.join()
+    changed = f"{path} was changed while the run was reading it: restore it and resume."
+    assert changed in results
+    assert set(results) <= {changed, sum(range(1000, 50_000))}
 
 
 @pytest.mark.parametrize(
