@@ -61,9 +61,9 @@ def test_ranks_that_show_signs_of_life_are_left_alone():
 
 def test_a_rank_that_has_finished_is_not_missed():
     first, second, said = pair(0.3)
-    first.start()
     second.start()
     second.stop()
+    first.start()
     time.sleep(1.0)
     assert not said
     assert first.beats[1].finished
