@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 .PHONY: help quickstart ablate test test-slow test-gpu mutation lint format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F: '{printf "  make %-12s%s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(READY): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "pgl needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make PYTHON=python3.12 ..." % v)'
@@ -32,7 +32,7 @@ test-slow: $(READY)  ## the slow tests as well
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-mutation: $(READY)  ## does a test fail for each of a hundred single mistakes in the numeric cores?
+mutation: $(READY)  ## does a fast test fail for each of 119 single mistakes in the numeric cores?
 	$(BIN)/python tests/mutation/run.py
 
 lint: $(READY)  ## ruff: lint and format check

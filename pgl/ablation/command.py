@@ -62,7 +62,7 @@ def parser() -> OneLineParser:
         "--dry-run", action="store_true", help="print the trials and what they change, run nothing"
     )
     parser.add_argument(
-        "--list", action="store_true", help="print the names that --off takes, and their keys"
+        "--list", action="store_true", help="print the names that --off takes"
     )
     return parser
 
