@@ -14,11 +14,6 @@ from pgl.model.rotary import apply_rotary
 # K key/value head, G query head within the group of one key/value head, D dimension in the head,
 # R half of the rotated dimensions, S query positions where they are the last of the T.
 
-# The kernel is in the build; asked here because torch.compile cannot trace the question.
-FLASH_BUILT = torch.backends.cuda.is_flash_attention_available()
-# Those that read the last positions with it; cuDNN's has no causality aligned at the bottom right.
-FLASH_BACKENDS = ("auto", "cudnn", "flash", "fa3", "fa4")
-
 
 def attend(
     q_BTHD: Tensor,
@@ -26,6 +21,7 @@ def attend(
     v_BTKD: Tensor,
     mask_B1TT: Tensor | None = None,
     backend: str = "auto",
+    flash_last: bool = False,
 ) -> Tensor:
     """Causal attention with scale 1/sqrt(D); query head h reads key/value head h // (H / K).
 
@@ -36,6 +32,8 @@ def attend(
         mask_B1TT: True where position t may read position s; has to be causal. None means all
             earlier positions and itself.
         backend: Kernel to use, see ``GPTConfig.attention_backend``.
+        flash_last: Whether the flash kernel may run for fewer queries than keys, see
+            :func:`pgl.model.backends.flash_reads_last`.
 
     Returns:
         Shaped as the queries, (B, T, H, D). Heads are moved by strides, never copied.
@@ -43,10 +41,11 @@ def attend(
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
         # SDPA's is_causal lets the first query read the first key only.
-        in_bfloat16 = q_BHTD.is_cuda and q_BHTD.dtype == torch.bfloat16
-        if FLASH_BUILT and in_bfloat16 and backend in FLASH_BACKENDS:
+        if flash_last and q_BHTD.dtype in (torch.bfloat16, torch.float16):
             return _flash_lower_right(q_BHTD, k_BKTD, v_BKTD).transpose(1, 2)
         mask_B1TT = lower_right_mask(q_BHTD.size(2), k_BKTD.size(2), q_BHTD.device)
+        if backend != "math":
+            backend = "auto"  # the flash kernels take no mask
     grouped = q_BHTD.size(1) != k_BKTD.size(1)
     if grouped and mask_B1TT is not None:
         # CUDA's fused kernels take either a mask or grouped heads.
@@ -73,8 +72,8 @@ def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def _flash_lower_right(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    # This operator's causality is aligned at the bottom right, and it takes grouped heads.
-    # torch.nn.attention.bias.causal_lower_right calls the same one.
+    # This operator's causality is aligned at the bottom right, and it takes grouped heads, but it
+    # checks nothing: torch.nn.attention.bias.causal_lower_right asks first and pads the heads.
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(q_BHSD, k_BKTD, v_BKTD, 0.0, True)[0]
 
@@ -134,7 +133,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
         self.backend = config.attention_backend
-        self.kernels = False  # see GPT.prepare
+        self.kernels = self.flash_last = False  # see GPT.prepare
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
         self.c_q = CastedLinear(config.model_dim, config.model_dim)
         self.c_k = CastedLinear(config.model_dim, config.kv_dim)
@@ -185,7 +184,7 @@ class Attention(nn.Module):
             v_read_BTKD = v_BTKD[:, -last:]
             mask_B1TT = None if mask_B1TT is None else mask_B1TT[:, :, -last:]
 
-        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend)
+        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend, self.flash_last)
         if self.exclusive:
             y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pgl import kernels
 from pgl.model.attention import Attention, document_mask
-from pgl.model.backends import prepare_backend
+from pgl.model.backends import flash_reads_last, prepare_backend
 from pgl.model.config import GPTConfig
 from pgl.model.embeddings import BigramHash, SharedValueEmbedding, SmearGate, document_starts
 from pgl.model.init import initialize
@@ -252,8 +252,11 @@ class GPT(nn.Module):
         on = self.config.kernels == "auto" and kernels.available(device)
         if on:
             kernels.load()
+        backend, head_dim = self.config.attention_backend, self.config.head_dim
+        flash_last = flash_reads_last(backend, head_dim, device)
         for block in self.blocks:
             block.kernels = block.attn.kernels = on
+            block.attn.flash_last = flash_last
             block.mlp.kernels = on and kernels.squared_mlp_available(device)
         self._prepared_for = device
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pgl.model import GPT
-from pgl.model.backends import KERNELS, attention_kernel, prepare_backend
+from pgl.model.backends import KERNELS, attention_kernel, flash_reads_last, prepare_backend
 from tests.parity.recipes import randomize, shallow
 
 CPU = torch.device("cpu")
@@ -73,6 +73,27 @@ class TestOnFakeGpu:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         with pytest.raises(ValueError, match=r"flash needs compute capability 8.0.*has 7.x"):
             prepare_backend("flash", torch.device("cuda"))
+
+    @pytest.mark.parametrize(
+        ("backend", "head_dim", "runs"),
+        [
+            *[(backend, 64, backend != "math") for backend in (*KERNELS, "auto")],
+            *[("auto", 8, True), ("auto", 12, False), ("auto", 256, True), ("auto", 264, False)],
+        ],
+    )
+    def test_flash_reads_the_last_positions_where_it_can(
+        self, backend: str, head_dim: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert flash_reads_last(backend, head_dim, torch.device("cuda")) is runs
+        assert not flash_reads_last(backend, head_dim, CPU)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not flash_reads_last(backend, head_dim, torch.device("cuda"))
+
+    def test_preparing_tells_the_layers(self) -> None:
+        for head_dim, runs in ((64, True), (12, False)):
+            gpt = GPT(shallow("703", model_dim=4 * head_dim, num_heads=4, kernels="off"))
+            gpt.prepare(torch.device("cuda"))
+            assert all(block.attn.flash_last is runs for block in gpt.blocks)
 
     def test_flash_attention_3_goes_through_torchs_switch(
         self, monkeypatch: pytest.MonkeyPatch
