@@ -156,8 +156,9 @@ class GPTConfig:
     attention_backend: Literal["auto", "cudnn", "flash", "math", "fa3", "fa4"] = "auto"
     """Attention kernel: torch's choice, or exactly this one (an error where it cannot run).
 
-    With auto and cudnn the last block of a sliding evaluation in bfloat16 on CUDA runs the flash
-    kernel: it has fewer queries than keys, and cuDNN has no causality for that.
+    The last block of a sliding evaluation in 16 bits on CUDA has fewer queries than keys, for
+    which cuDNN has no causality: there all but math run the flash kernel, or a mask where it
+    cannot run.
     """
 
     kernels: Literal["auto", "off"] = "auto"
