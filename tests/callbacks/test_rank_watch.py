@@ -4,9 +4,11 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from callbacks import RankWatch, rank_watch
+from callbacks import DivergenceGuard, RankWatch, rank_watch
+from pgl.fingerprint import weights_fingerprint
 
 
 def test_a_collective_waits_as_long_as_configured():
@@ -49,6 +51,26 @@ def test_silence_is_borne_as_long_as_configured(monkeypatch, rank):
     )
     RankWatch(timeout_seconds=42.0)._start(trainer)
     assert made == [("first", None if rank == 0 else 1234, rank, 2, 42.0), "started"]
+
+
+def test_weights_are_compared_once_the_steps_in_flight_are_judged(monkeypatch):
+    # A step that turns out bad may be rolled back, on all ranks or on the one that sees it first.
+    module = torch.nn.Linear(2, 2)
+    guard = DivergenceGuard()
+    monkeypatch.setattr(guard, "settle", lambda trainer, module: module.bias.data.fill_(0.5))
+    expected = torch.nn.Linear(2, 2)
+    expected.load_state_dict(module.state_dict() | {"bias": torch.full((2,), 0.5)})
+    compared = []
+
+    def all_gather(hashes, mine):
+        compared.append(mine["weights"])
+        hashes[:] = [mine] * len(hashes)
+
+    monkeypatch.setattr(rank_watch.dist, "all_gather_object", all_gather)
+    watch = RankWatch()
+    watch.on_train_end(SimpleNamespace(world_size=2, callbacks=[guard, watch]), module)
+    assert compared == [weights_fingerprint(expected)]
+    assert watch.replicas == {"ranks": 2, "different": None}
 
 
 @pytest.mark.parametrize("name", ["timeout_seconds", "collective_timeout_seconds"])
