@@ -124,7 +124,8 @@ def _sampled(trainer: pl.Trainer, pl_module: pl.LightningModule, num_sequences: 
     """Return this rank's share of the sampled sequences, (sequences, T + 1) ids."""
     length = trainer.datamodule.seq_len
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
-    uniform_BT = torch.rand(num_sequences, length, generator=generator)
+    # The default type is the precision's: bfloat16 has few numbers in [0, 1).
+    uniform_BT = torch.rand(num_sequences, length, generator=generator, dtype=torch.float32)
     own_BT = uniform_BT[trainer.global_rank :: trainer.world_size]
     num_batches = -(-len(own_BT) // SAMPLE_BATCH_SEQUENCES)
     was_training = pl_module.gpt.training

@@ -186,7 +186,7 @@ class DivergenceGuard(Callback):
             raise DivergenceError(
                 f"{what}; set divergence.action to skip or roll_back to go on without it"
             )
-        if len(self.bad_steps) == self.limit:
+        if len(self.bad_steps) >= self.limit:  # above it where a resumed run has a lower limit
             raise DivergenceError(
                 f"{what}; divergence.limit={self.limit} steps were bad before it: "
                 f"{', '.join(map(str, self.bad_steps))}"

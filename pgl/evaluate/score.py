@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pgl.compiled import compiled_copy
 from pgl.evaluate.bits_per_byte import BitsPerByte, RunningBPB
 from pgl.evaluate.loader import WindowBatch
 
@@ -74,7 +75,7 @@ class CompiledScorer:
     """
 
     def __init__(self) -> None:
-        self.losses: Losses = torch.compile(token_losses, fullgraph=True, dynamic=False)
+        self.losses: Losses = compiled_copy(token_losses)
         """The compiled :func:`token_losses`: a graph for each shape of batch."""
 
     def __call__(self, gpt: TokenLosses, batch: WindowBatch) -> BatchScores:

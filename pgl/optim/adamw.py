@@ -47,6 +47,10 @@ class AdamWBucket:
         gradients = [self.parameters[i].grad for i in present]
         if grad_scale is not None:
             gradients = torch._foreach_mul(gradients, grad_scale)
+            dtype = self.parameters[0].dtype
+            if dtype != grad_scale.dtype:
+                # A 0-d gradient took the factor's type, and the fused kernel takes one type only.
+                gradients = [gradient.to(dtype) for gradient in gradients]
         steps = [self.steps[i] for i in present]
         if len(present) == len(self.parameters):
             self._step_counts.add_(1)

@@ -12,7 +12,7 @@ def gradient_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return the L2 norm over all gradients together as a 0-d float32 tensor.
 
     Args:
-        gradients: Tensors of any shapes and types; without any the norm is 0.
+        gradients: Tensors of any shapes, of float32 or a narrower type; without any the norm is 0.
         device: Where they are.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -6,8 +6,7 @@ Liu et al., arXiv 2502.16982.
 Shapes: K matrices in the stack, R rows, C columns.
 """
 
-import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -140,13 +139,3 @@ def apply_update_(
     torch._foreach_add_(parameters, list(updates), alpha=-step_size)
     if decay and order == "after":
         torch._foreach_mul_(parameters, 1.0 - decay)
-
-
-def compiled_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a compiled copy of a function, with a recompile limit of its own.
-
-    Dynamo's limit (8) counts per code object and fullgraph makes it an error: with a code object of
-    its own, no stack of matrices can use up the limit of another.
-    """
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(copy, dynamic=False, fullgraph=True)

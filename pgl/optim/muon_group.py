@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pgl.compiled import compiled_copy
 from pgl.optim.momentum import MomentumFormat, make_momentum
-from pgl.optim.muon import advance_stacks, apply_update_, compiled_copy, shape_scale
+from pgl.optim.muon import advance_stacks, apply_update_, shape_scale
 from pgl.optim.ranks import Ranks
 
 

@@ -156,6 +156,19 @@ def test_it_gives_up_at_the_limit(golf_run, action):
         run.trainer.fit(run.module, datamodule=run.data)
 
 
+def test_a_lower_limit_holds_for_a_resumed_run(golf_run):
+    first = golf_run(divergence=DivergenceGuard("skip"), extra=(BadLoss(2, 3, 4),))
+    again = golf_run(
+        "again",
+        fit=False,
+        divergence=DivergenceGuard("skip", limit=1),
+        budget=steps(8),
+        extra=(BadLoss(7),),
+    )
+    with pytest.raises(DivergenceError, match=r"step 7 .*divergence.limit=1 .*2, 3, 4"):
+        again.trainer.fit(again.module, datamodule=again.data, ckpt_path=first.folder / "last.ckpt")
+
+
 class OneBehind(DivergenceGuard):
     """Judges a step at the end of the next one, as on a GPU."""
 

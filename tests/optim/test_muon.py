@@ -1,8 +1,5 @@
 """Pieces of Muon against their obvious twins."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -12,7 +9,6 @@ from pgl.optim.momentum import FloatMomentum, Int8Momentum
 from pgl.optim.muon import (
     advance_stacks,
     apply_update_,
-    compiled_copy,
     momentum_direction,
     shape_scale,
 )
@@ -128,14 +124,3 @@ def test_int8_momentum_reads_what_was_written() -> None:
         assert torch.equal(momentum.stacks["momentum_codes"][i], codes)
         assert torch.equal(momentum.stacks["momentum_scale"][i], scale)
         assert torch.equal(momentum.read()[i], dequantize_blocks(codes, scale, 600).view(20, 30))
-
-
-@pytest.mark.slow
-def test_compiled_copies_have_a_recompile_limit_each() -> None:
-    def times(G: torch.Tensor, factor: float) -> torch.Tensor:
-        return G * factor
-
-    # Ten shapes: more than Dynamo's recompile limit of one function.
-    copies: list[Callable[..., Any]] = [compiled_copy(times) for _ in range(10)]
-    for size, copy in enumerate(copies, start=2):
-        assert copy(torch.ones(size), 2.0).sum() == 2 * size

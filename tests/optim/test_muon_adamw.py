@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pgl.optim import MuonAdamW, zeropower
+from pgl.optim.clip import clip_coefficient
 from tests.optim.optimizers import (
     SCALAR_SHAPES,
     SHAPES,
@@ -115,6 +116,23 @@ def test_clip_changes_momentum_by_its_coefficient() -> None:
                 torch.testing.assert_close(
                     clipped.state[a][key], plain.state[b][key] * factor, rtol=1e-2, atol=1e-4
                 )
+
+
+def test_bf16_parameters_are_clipped_those_without_dimensions_too() -> None:
+    optimizers = []
+    for grad_clip_norm in (0.3, None):
+        parameters = [Parameter(p.detach().bfloat16()) for p in make_parameters(SCALAR_SHAPES)]
+        group = {"kind": "adamw", "name": "scalar", "params": parameters}
+        optimizers.append(MuonAdamW([group], grad_clip_norm=grad_clip_norm))
+        set_gradients(optimizers[-1], 0)
+    clipped, plain = optimizers
+    clipped.step()
+    for parameter in all_parameters(plain):
+        parameter.grad.mul_(clip_coefficient(clipped.grad_norm, 0.3))
+    plain.step()
+    for a, b in zip(all_parameters(clipped), all_parameters(plain), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(clipped.state[a]["exp_avg"], plain.state[b]["exp_avg"])
 
 
 def test_gradient_norm_is_known_without_clipping() -> None:
