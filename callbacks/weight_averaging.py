@@ -38,8 +38,8 @@ class WeightAveraging(Callback):
     """Keeps averages of the weights in float32, and says which weights are exported.
 
     Averages are updated after each optimizer step, beside each other. Training goes on with the raw
-    weights. In a checkpoint ``state_dict`` holds the weights of ``source`` (the raw ones until its
-    first update) and ``current_model_state`` the raw ones, as with Lightning's own
+    weights. In a checkpoint ``state_dict`` holds the weights of ``source`` (the raw ones until it
+    is usable) and ``current_model_state`` the raw ones, as with Lightning's own
     ``WeightAveraging``, so ``validate --ckpt_path`` scores the average.
 
     Note:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 import pgl
+from pgl.compiled import compiled_copy
 from pgl.distributed import ParallelMuonStrategy
 from pgl.evaluate import (
     BatchScores,
@@ -111,12 +112,23 @@ class GolfModule(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Called on every process: take the data's byte table and compile."""
+        if stage == "fit" and self.trainer.precision == "64-true":
+            raise ValueError(
+                "trainer.precision 64-true would train float64 weights, which no artifact can "
+                "store: set it to 32-true or bf16-mixed"
+            )
         data = getattr(self.trainer, "datamodule", None)
         vocab_size = getattr(data, "vocab_size", self.gpt_config.vocab_size)
         if vocab_size != self.gpt_config.vocab_size:
             raise ValueError(
                 f"model.gpt.vocab_size={self.gpt_config.vocab_size} but the data's tokenizer has "
                 f"{vocab_size} tokens: set model.gpt.vocab_size to {vocab_size}"
+            )
+        bos_id = getattr(data, "bos_id", self.gpt_config.bos_id)
+        if bos_id != self.gpt_config.bos_id:
+            raise ValueError(
+                f"model.gpt.bos_id={self.gpt_config.bos_id} but the data's tokenizer begins "
+                f"documents with {bos_id}: set model.gpt.bos_id to {bos_id}"
             )
         table: ByteTable | None = getattr(data, "byte_table", None)
         if table is not None and stage != "predict":
@@ -130,7 +142,7 @@ class GolfModule(pl.LightningModule):
         # Before compilation: a backend that cannot run here is refused with a reason.
         self.gpt.prepare(self.trainer.strategy.root_device)
         if self.compile_model and self._training_loss is training_loss:
-            self._training_loss = torch.compile(training_loss, fullgraph=True, dynamic=False)
+            self._training_loss = compiled_copy(training_loss)
             self.score_batch = CompiledScorer()
 
     @override

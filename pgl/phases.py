@@ -76,11 +76,12 @@ class PhaseTimer:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from saved phases."""
-        for name, (seconds, counts, entered) in state_dict.items():
-            phase = self.phases.setdefault(name, Phase(counts=counts))
-            phase.seconds += seconds
-            phase.entered += entered
+        """Go back to saved phases: what was measured or open since goes."""
+        self._open.clear()
+        self.phases = {
+            name: Phase(seconds, counts, entered)
+            for name, (seconds, counts, entered) in state_dict.items()
+        }
 
     def _settle(self) -> None:
         # Whatever passed since the last event belongs to the innermost open phase.

@@ -16,6 +16,7 @@ from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
 from pgl.artifact import is_artifact
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
+from pgl.average_config import smallest_count
 from pgl.signals import take_over_signals
 
 
@@ -86,7 +87,8 @@ class GolfTrainer(pl.Trainer):
 
         Raises:
             ValueError: If the Trainer has several devices, or ``ckpt_path`` is an artifact, no
-                checkpoint of pgl, or without the average that was asked for.
+                checkpoint of pgl, of another tokenizer than the data's, or without the average
+                that was asked for.
         """
         if self.world_size > 1:
             raise ValueError("pgl export runs on one device: set trainer.devices to 1")
@@ -107,6 +109,13 @@ class GolfTrainer(pl.Trainer):
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
+        data_class = type(datamodule).__qualname__
+        if data_class not in checkpoint:
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} was not trained with {data_class}: give the data module "
+                "of its run"
+            )
+        datamodule.load_state_dict(checkpoint[data_class])
         weights = self._averaged_weights(model, checkpoint, ckpt_path)
         exporter = find_callback(self, GPTQExport)
         exporter.exported = exporter.export(self, model, weights, Path(out), in_budget=False)
@@ -117,14 +126,18 @@ class GolfTrainer(pl.Trainer):
     ) -> Mapping[str, Tensor]:
         """Return the weights of ``averaging.source`` as the checkpoint keeps them."""
         averaging = find_callback(self, WeightAveraging)
+        averaging.setup(self, model, "fit")
         saved = checkpoint["callbacks"].get(averaging.state_key, {"averages": {}})["averages"]
-        updated = [name for name, state in saved.items() if state["count"] > 0]
-        if averaging.source != "raw" and averaging.source not in updated:
+        usable = [
+            name
+            for name, config in averaging.configs.items()
+            if name in saved and saved[name]["count"] >= smallest_count(config)
+        ]
+        if averaging.source != "raw" and averaging.source not in usable:
             raise ValueError(
                 f"--ckpt_path {ckpt_path} keeps no {averaging.source} average: set "
-                f"--averaging.source to {' or '.join(['raw', *updated])}"
+                f"--averaging.source to {' or '.join(['raw', *usable])}"
             )
-        averaging.setup(self, model, "fit")
         if averaging.source != "raw":
             source = averaging.averages[averaging.source]
             source.load_state_dict(saved[averaging.source])

@@ -141,6 +141,14 @@ def test_batch_progress_follows_the_accumulation_of_this_run(tiny_gpt, accumulat
     assert progress == {"total": expected, "current": expected}
 
 
+def test_float64_weights_are_scored_but_not_trained(golf_run):
+    run = golf_run(fit=False, precision="64-true")
+    with pytest.raises(ValueError, match=r"trainer.precision 64-true .*: set it to 32-true"):
+        run.trainer.fit(run.module, datamodule=run.data)
+    [score] = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert score["val/bpb"] > 0
+
+
 @pytest.mark.slow
 def test_a_compiled_run_trains_as_the_eager_one(golf_run, tiny_gpt):
     runs = {}

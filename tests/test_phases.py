@@ -49,6 +49,25 @@ def test_saved_time_is_carried_over():
     assert after.phases["train"].entered == 2
 
 
+def test_saved_phases_replace_what_was_measured_and_is_open():
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    with timer.measure("train", counts=True):
+        clock.time = 4.0
+        saved = timer.state_dict()
+        clock.time = 9.0
+    with timer.measure("score"):
+        clock.time = 10.0
+    timer.start("train", counts=True)
+    clock.time = 20.0
+    timer.load_state_dict(saved)
+    clock.time = 30.0
+    assert timer.state_dict() == saved == {"train": [4.0, True, 1]}
+    with timer.measure("train", counts=True):
+        clock.time = 31.0
+    assert timer.seconds("train") == 5.0
+
+
 def test_a_phase_is_closed_when_its_block_raises():
     timer = PhaseTimer()
     with pytest.raises(RuntimeError, match="stop"), timer.measure("pack"):

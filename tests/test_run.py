@@ -1,6 +1,7 @@
 """The whole path: train, average, quantise, pack, read back, score, report; and resume."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from callbacks import (
 )
 from pgl.artifact import is_artifact, load
 from pgl.artifact.checkpoint_io import GolfCheckpointIO
+from pgl.data import Text, TokenDataModule
 from pgl.module import GolfModule
 from pgl.quant import QuantConfig
 from pgl.trainer import GolfTrainer
@@ -58,6 +60,16 @@ def test_the_report_says_what_happened(finished):
     assert len(report["data"]["tokenizer_sha256"]) == 64
     markdown = (finished.folder / "report.md").read_text()
     assert f"{report['scores'][-1]['bpb']:.6f}" in markdown
+
+
+def test_a_run_whose_weights_are_bfloat16_trains_exports_and_scores(golf_run):
+    budget = WallClockBudget(seconds=None, steps=2, warmup_steps=0)
+    run = golf_run(precision="bf16-true", budget=budget)
+    assert run.module.gpt.bigram.scale.dtype == torch.bfloat16
+    assert run.module.optimizer_config.grad_clip_norm is not None
+    assert load(run.folder / "model.pgl").state_dict.keys() == run.module.gpt.state_dict().keys()
+    raw, *others = [score.bpb for score in run.callback(SlidingWindowBPB).scores]
+    assert others == pytest.approx([raw] * 3, rel=1e-2)
 
 
 def test_validate_scores_the_artifact_as_the_run_did(finished, golf_run):
@@ -156,6 +168,38 @@ def test_export_of_an_average_that_was_not_kept_is_refused(finished, golf_run):
     swa = WeightAveraging(EMAConfig(), SnapshotConfig(), source="swa")
     again = golf_run("again", fit=False, averaging=swa)
     with pytest.raises(ValueError, match=r"no swa average: set --averaging.source to raw or ema"):
+        again.trainer.export(again.module, again.data, finished.folder / "last.ckpt")
+
+
+def test_export_of_a_mean_of_one_snapshot_is_refused(golf_run):
+    averages = {"ema": EMAConfig(), "swa": SnapshotConfig(6, start_scale=2.0)}
+    first = golf_run(averaging=WeightAveraging(**averages, source="ema"))
+    assert first.callback(WeightAveraging).averages["swa"].count == 1
+    again = golf_run("again", fit=False, averaging=WeightAveraging(**averages, source="swa"))
+    with pytest.raises(ValueError, match=r"no swa average: set --averaging.source to raw or ema$"):
+        again.trainer.export(again.module, again.data, first.folder / "last.ckpt")
+
+
+def test_export_with_another_tokenizer_is_refused(finished, golf_run, tmp_path):
+    letters = "".join(random.Random(0).choices("abcdefghijklmnop. ", k=20_000))
+    (tmp_path / "other.txt").write_text(letters)
+    text = Text(
+        [str(tmp_path)], str(tmp_path / "cache"), 320, val_fraction=0.1, document_separator="."
+    )
+    other = TokenDataModule(text, seq_len=32, batch_tokens=256, micro_batch_tokens=64)
+    again = golf_run("again", fit=False, data=other)
+    with pytest.raises(ValueError, match=r"trained with the tokenizer .* set data\.source to the"):
+        again.trainer.export(again.module, again.data, finished.folder / "last.ckpt")
+    assert other.vocab_size == finished.data.vocab_size
+
+
+def test_export_with_another_data_module_is_refused(finished, golf_run, tiny_corpus):
+    class OtherData(TokenDataModule):
+        pass
+
+    other = OtherData(tiny_corpus, seq_len=32, batch_tokens=256, micro_batch_tokens=64)
+    again = golf_run("again", fit=False, data=other)
+    with pytest.raises(ValueError, match=r"was not trained with .*OtherData: give the data"):
         again.trainer.export(again.module, again.data, finished.folder / "last.ckpt")
 
 

@@ -112,6 +112,7 @@ class TokenDataModule(pl.LightningDataModule):
                 self.corpus.tokenizer_path
             )
             self.vocab_size: int = self.tokenizer.vocab_size()
+            self.bos_id: int = self.tokenizer.bos_id()
             self.tokenizer_sha256 = sha256_file(self.corpus.tokenizer_path)
             self.byte_table = ByteTable.from_tokenizer(self.corpus.tokenizer_path, self.vocab_size)
         if stage != "predict":
@@ -284,7 +285,11 @@ class TokenDataModule(pl.LightningDataModule):
         self.val_tokens: np.ndarray = tokens[: self.max_val_tokens]
         self._val_tokens_N: torch.Tensor | None = None  # on the device that scores them
         audited = audit_bytes(
-            self.byte_table, self.tokenizer, self.val_tokens, max_tokens=self.audit_tokens
+            self.byte_table,
+            self.tokenizer,
+            self.val_tokens,
+            bos_id=self.bos_id,
+            max_tokens=self.audit_tokens,
         )
         rank_zero_info(f"byte count audited against decoded text: {audited}")
 
@@ -292,6 +297,13 @@ class TokenDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return
+        # overfit_batches sets it too. An int counts batches: 1 is one of them, 1.0 is all.
+        limit = trainer.limit_train_batches
+        if (isinstance(limit, int) or limit < 1) and not trainer.fast_dev_run:
+            raise ValueError(
+                "trainer.limit_train_batches and trainer.overfit_batches cut optimizer steps "
+                "short, where the budget's clock is read: leave them out and set budget.steps"
+            )
         world_size, rank = self._world()
         self.layout = self._layout(world_size, rank)
         if trainer.accumulate_grad_batches not in (1, self.layout.accumulate):

@@ -186,23 +186,26 @@ def list_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
     return shards
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[str]) -> None:
+def check_tokens(
+    tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[str], start: int = 0
+) -> None:
     """Check that every token is in the vocabulary.
 
     Args:
         tokens: Unsigned integers of shape (tokens,), for instance from :func:`read_shard`.
         vocab_size: Size of the vocabulary.
         path: The file they came from, for the message.
+        start: Position of the first of them in that file, for the message.
 
     Raises:
         ShardError: Naming the first token that is not in the vocabulary and its position.
     """
     if tokens.size == 0 or int(tokens.max()) < vocab_size:
         return
-    position = int(np.argmax(tokens >= vocab_size))
+    index = int(np.argmax(tokens >= vocab_size))
     raise ShardError(
-        f"{path} has token {int(tokens[position])} at position {position}, outside the vocabulary "
-        f"of {vocab_size}; use the tokenizer that these shards were made with."
+        f"{path} has token {int(tokens[index])} at position {start + index}, outside the "
+        f"vocabulary of {vocab_size}; use the tokenizer that these shards were made with."
     )
 
 

@@ -65,7 +65,7 @@ class TokenStream:
             path, end = self.paths[index], int(self._ends[index])
             start = position - (end - self._counts[index])
             piece = read_tokens(path, start, min(count, end - position), self._states[index])
-            check_tokens(piece, self.vocab_size, path)
+            check_tokens(piece, self.vocab_size, path, start)
             pieces.append(piece)
             count -= len(piece)
             position = (position + len(piece)) % self.total_tokens

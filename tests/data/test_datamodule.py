@@ -1,11 +1,15 @@
 """The data module: accumulation, refusals, the audit, calibration and what it says of itself."""
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import sentencepiece
 
-from pgl.data import TokenDataModule
+from pgl.data import Shards, TokenDataModule, write_shard
+from pgl.data.tokenizer import encode_documents, load_tokenizer
 from pgl.evaluate import WindowLoader
 from pgl.module import GolfModule
 
@@ -16,6 +20,8 @@ def attach(data, world_size=1, rank=0, accumulate=1, step=0):
         global_rank=rank,
         accumulate_grad_batches=accumulate,
         global_step=step,
+        limit_train_batches=1.0,
+        fast_dev_run=False,
     )
     return data.trainer
 
@@ -70,6 +76,22 @@ def test_another_accumulation_is_refused(tiny_data):
         tiny_data.setup("fit")
 
 
+@pytest.mark.parametrize(
+    "setting", [{"limit_train_batches": 6}, {"limit_train_batches": 1}, {"overfit_batches": 1}]
+)
+def test_a_part_of_the_batches_is_refused(golf_run, setting):
+    run = golf_run(fit=False, **setting)
+    run.data.trainer = run.trainer
+    with pytest.raises(ValueError, match=r"limit_train_batches and .* set budget\.steps"):
+        run.data.setup("fit")
+
+
+def test_fast_dev_run_may_cut_a_step_short(golf_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it has no logger's folder to write to
+    run = golf_run(fast_dev_run=True)
+    assert run.trainer.global_step == 1
+
+
 def test_training_goes_on_from_the_step_of_the_trainer(tiny_data):
     attach(tiny_data, step=5)
     tiny_data.setup("fit")
@@ -83,15 +105,42 @@ def test_another_vocabulary_than_the_models_is_refused(tiny_data, tiny_gpt):
     module = GolfModule(tiny_gpt.__class__(**{**vars(tiny_gpt), "vocab_size": 512}))
     module._trainer = SimpleNamespace(datamodule=tiny_data)
     with pytest.raises(ValueError, match=r"model\.gpt\.vocab_size=512 but .* has 320 tokens"):
-        module.setup("fit")
+        module.setup("validate")
+
+
+def test_documents_that_begin_with_another_token_than_the_models_are_refused(tmp_path, tiny_gpt):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the model reads", "the file"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        pad_id=0,
+        bos_id=2,
+        eos_id=-1,
+        unk_id=1,
+    )
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    tokens = np.concatenate(encode_documents(tokenizer, ["the model reads", "the file"] * 40, 1))
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", tokens)
+    data = TokenDataModule(Shards(str(tmp_path)), seq_len=32, batch_tokens=256)
+    data.setup("fit")  # the audit knows where documents begin
+    module = GolfModule(replace(tiny_gpt, vocab_size=data.vocab_size))
+    module._trainer = SimpleNamespace(datamodule=data)
+    with pytest.raises(ValueError, match=r"model\.gpt\.bos_id=1 but .* with 2: set .* to 2"):
+        module.setup("validate")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_the_byte_count_is_audited_before_anything_is_scored(tiny_corpus, monkeypatch, stage):
     asked = []
 
-    def failing(table, tokenizer, tokens, max_tokens):
-        asked.append((len(tokens), max_tokens))
+    def failing(table, tokenizer, tokens, bos_id, max_tokens):
+        asked.append((len(tokens), bos_id, max_tokens))
         raise ValueError("the byte table is wrong")
 
     monkeypatch.setattr("pgl.data.datamodule.audit_bytes", failing)
@@ -100,7 +149,7 @@ def test_the_byte_count_is_audited_before_anything_is_scored(tiny_corpus, monkey
     )
     with pytest.raises(ValueError, match="byte table is wrong"):
         data.setup(stage)
-    assert asked == [(400, 123)]
+    assert asked == [(400, 1, 123)]
 
 
 def test_prediction_needs_no_validation_text(tiny_data, monkeypatch):

@@ -170,3 +170,5 @@ def test_check_tokens(tmp_path):
     check_tokens(tokens[:0], 1, "a.bin")
     with pytest.raises(ShardError, match=r"a\.bin has token 12 at position 3.*vocabulary of 10;"):
         check_tokens(tokens, 10, "a.bin")
+    with pytest.raises(ShardError, match=r"a\.bin has token 12 at position 703,"):
+        check_tokens(tokens, 10, "a.bin", start=700)

@@ -33,8 +33,9 @@ def test_read_is_the_repeated_concatenation(stream, position, count):
     )
 
 
-def test_a_token_outside_the_vocabulary_names_the_file(shards):
-    with pytest.raises(ShardError, match=r"fineweb_train_000002\.bin"):
+def test_a_token_outside_the_vocabulary_names_the_file_and_the_position_in_it(shards):
+    # The third shard begins with token 507.
+    with pytest.raises(ShardError, match=r"000002\.bin has token 1000 at position 493,"):
         TokenStream(shards, vocab_size=1000).read(900, 200)
 
 

@@ -50,7 +50,9 @@ def test_directory_of_the_shards_itself(layout):
 def test_flat_directory(tmp_path, model):
     fill(tmp_path / "flat")
     save_tokenizer(tmp_path / "elsewhere.model", model)
-    with pytest.raises(ValueError, match=r"no \*\.model in .*; set tokenizer_path"):
+    with pytest.raises(
+        ValueError, match=r"no \*\.model in .*; set data\.source\.init_args\.tokenizer_path"
+    ):
         Shards(str(tmp_path / "flat")).corpus()
     corpus = Shards(str(tmp_path / "flat"), str(tmp_path / "elsewhere.model")).corpus()
     assert corpus.vocab_size == 300

@@ -127,7 +127,7 @@ def test_single_document_cannot_be_split(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text(story(1, 3000))
     text = Text([str(path)], str(tmp_path / "cache"), 290)
-    with pytest.raises(ValueError, match=r"none of the 1 documents .* document_separator"):
+    with pytest.raises(ValueError, match=r"none of the 1 documents .*\.document_separator"):
         text.prepare()
 
 
@@ -154,7 +154,11 @@ def test_files_given_twice_are_read_once(folder):
     [
         ("a.txt", "caf\xe9 ".encode("latin-1"), r"a\.txt is not UTF-8 .*; convert it"),
         ("a.jsonl", b'{"text": "x"}\n{oops\n', r"a\.jsonl line 2 is not UTF-8 JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r'line 1 has no string under the key "text"; set jsonl_'),
+        (
+            "a.jsonl",
+            b'{"body": "x"}\n',
+            r'line 1 has no string under the key "text"; set data.source.init_args.jsonl_field',
+        ),
         ("a.jsonl", b'["text"]\n', r'line 1 has no string under the key "text"'),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half a surrogate pair"),
     ],
