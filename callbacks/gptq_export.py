@@ -112,9 +112,10 @@ class GPTQExport(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run begins: calibration needs a part of the budget."""
+        """Called when a run begins: calibration needs a part of the budget, and even shares."""
         if stage != "fit" or not self.quant.needs_hessians():
             return
+        trainer.datamodule.calibration_layout(self.calibration_sequences)  # refused now, not later
         budget = find_callback(trainer, WallClockBudget)
         unreserved = budget.seconds is not None and budget.reserve_seconds == 0
         if not record_legal(self.calibration) or (self.calibration == "training" and unreserved):

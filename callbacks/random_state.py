@@ -18,7 +18,7 @@ class RandomState(Callback):
 
     Example::
 
-        Trainer(callbacks=[RandomState()])
+        Trainer(callbacks=[WallClockBudget(), RandomState()])
     """
 
     @override

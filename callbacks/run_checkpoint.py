@@ -40,7 +40,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     Example::
 
-        Trainer(callbacks=[RunCheckpoint(every_seconds=60)])
+        Trainer(callbacks=[WallClockBudget(), RunCheckpoint(every_seconds=60)])
 
     Args:
         every_steps: Optimizer steps between checkpoints. None: no checkpoints by steps.

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,7 +34,7 @@ from pgl.evaluate import (
     token_losses,
 )
 from pgl.evaluate.score import evaluation_mode
-from pgl.evaluate.windows import Tail
+from pgl.evaluate.windows import Tail, sliding_windows
 from pgl.optim import scaled_steps
 from pgl.saved_weights import saved_weights
 
@@ -113,16 +113,20 @@ class SlidingWindowBPB(Callback):
         self._map: ScoreMap | None = None
         self._weights_chosen = False
         self._validated_at_step: int | None = None
+        self._interval: int | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a run begins: choose the windows, and when to validate."""
         data = trainer.datamodule
-        if self.stride_tokens > (self.seq_len or data.seq_len):
+        seq_len = self.seq_len or data.seq_len
+        if self.stride_tokens > seq_len:
             raise ValueError(
                 f"validation.stride_tokens={self.stride_tokens} must not exceed the window of "
-                f"{self.seq_len or data.seq_len} tokens"
+                f"{seq_len} tokens"
             )
+        if stage != "predict":
+            self._check_windows(len(data.val_tokens) - 1, seq_len)
         if stage in ("validate", "test"):
             data.val_windows = lambda: self.sliding_loader(trainer)
         elif stage == "fit":
@@ -132,13 +136,32 @@ class SlidingWindowBPB(Callback):
                     "pgl fit scores all of them: leave it unset"
                 )
             data.val_windows = None
-            trainer.check_val_every_n_epoch = None
-            budget = find_callback(trainer, WallClockBudget)
-            trainer.val_check_interval = (
-                data.layout.accumulate * scaled_steps(self.every_n_steps, budget.step_scale)
-                if self.every_n_steps
-                else len(data.train_dataloader())
+            self._set_interval(trainer)
+
+    def _check_windows(self, num_targets: int, seq_len: int) -> None:
+        """Refuse a text that the reference forms of the tail leave out."""
+        if not len(sliding_windows(num_targets, seq_len, self.stride_tokens, self.tail)):
+            raise ValueError(
+                f"validation.tail {self.tail} makes no window of {num_targets:,} targets: set it "
+                f"to exact, or lower validation.seq_len (now {seq_len}) and "
+                "validation.stride_tokens"
             )
+
+    def _set_interval(self, trainer: pl.Trainer) -> None:
+        """Let the Trainer validate when ``every_n_steps`` says."""
+        # Lightning's default is a float, as 1 stands for every batch; a time lies elsewhere.
+        given = getattr(trainer, "val_check_interval", "a time")
+        if given != self._interval and not (isinstance(given, float) and given == 1.0):
+            rank_zero_warn("trainer.val_check_interval is not used: set validation.every_n_steps")
+        data, budget = trainer.datamodule, find_callback(trainer, WallClockBudget)
+        self._interval = (
+            data.layout.accumulate * scaled_steps(self.every_n_steps, budget.step_scale)
+            if self.every_n_steps
+            else len(data.train_dataloader())
+        )
+        trainer.val_check_interval = self._interval
+        trainer._val_check_time_interval = None
+        trainer.check_val_every_n_epoch = None
 
     @override
     def on_load_checkpoint(
@@ -288,14 +311,20 @@ class SlidingWindowBPB(Callback):
         self.add(trainer, make_score(name, windows_name(loader), loader, result, score_map))
 
 
-def _probe(pl_module: pl.LightningModule, loader: WindowLoader) -> Probes:
-    """Ask the model about the first window, and about batches of the shape that was scored."""
+def _probe(pl_module: pl.LightningModule, loader: WindowLoader) -> Probes | None:
+    """Ask the model about the first window, and about batches of the shape that was scored.
+
+    None where a window is one target: there is nothing before it.
+    """
+    window_targets = min(loader.seq_len, loader.num_targets)
+    if window_targets < 2:
+        return None
     scorer = pl_module.score_batch
     in_batches = loader.num_bulk_batches > 0 and loader.stride > 1
     with evaluation_mode(pl_module.gpt):
         return probe(
             pl_module.gpt,
-            loader.tokens_N[: min(loader.seq_len, loader.num_targets) + 1],
+            loader.tokens_N[: window_targets + 1],
             pl_module.gpt_config.vocab_size,
             losses=scorer.losses if isinstance(scorer, CompiledScorer) else token_losses,
             last=loader.stride if in_batches else None,

@@ -19,6 +19,7 @@ from callbacks.scores import Score, make_score, running_text, windows_name
 from callbacks.sliding_window_bpb import SlidingWindowBPB
 from callbacks.wall_clock_budget import WallClockBudget
 from callbacks.weight_averaging import WeightAveraging
+from pgl.compiled import compiled_copy
 from pgl.evaluate import (
     BitsPerByte,
     ChunkRecord,
@@ -33,6 +34,7 @@ from pgl.evaluate import (
     sequence_loss,
     train_on_all,
 )
+from pgl.evaluate.adapt import check_fills_sequence
 
 Method = Literal["off", "score_first", "full"]
 
@@ -111,10 +113,12 @@ class TestTimeTraining(Callback):
         """Called when a run begins: compile the training step where the module is compiled."""
         if self.method != "off":
             self._check_frozen_blocks(pl_module.gpt_config.num_layers)
+            if stage != "predict":
+                self._check_lengths(trainer)
         if self.method == "full":
             rank_zero_warn("ttt.method full: the score that it gives is not legal")
         if self.method != "off" and pl_module.compile_model and self._loss is sequence_loss:
-            self._loss = torch.compile(sequence_loss, fullgraph=True, dynamic=False)
+            self._loss = compiled_copy(sequence_loss)
 
     def _check_frozen_blocks(self, num_layers: int) -> None:
         config = self.full if self.method == "full" else self.score_first
@@ -123,6 +127,14 @@ class TestTimeTraining(Callback):
                 f"ttt.{self.method}.freeze_blocks is {config.freeze_blocks} but the model has "
                 f"{num_layers} blocks: lower it"
             )
+
+    def _check_lengths(self, trainer: pl.Trainer) -> None:
+        data = trainer.datamodule
+        seq_len = find_callback(trainer, SlidingWindowBPB).seq_len or data.seq_len
+        if self.method == "full":
+            check_fills_sequence(len(data.val_tokens) - 1, seq_len)
+        else:
+            self.score_first.check_sequence(seq_len)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

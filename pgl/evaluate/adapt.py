@@ -46,14 +46,22 @@ class SGDConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_seqs", "micro_batch_seqs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"ttt.<method>.{name} is {getattr(self, name)}; it must be at least 1"
+                )
         for name in ("lr", "grad_clip_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+                raise ValueError(
+                    f"ttt.<method>.{name} is {getattr(self, name)}; it must be above 0"
+                )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
+            raise ValueError(
+                f"ttt.<method>.momentum is {self.momentum}; it must be at least 0 and below 1"
+            )
         if self.freeze_blocks < 0:
-            raise ValueError(f"freeze_blocks is {self.freeze_blocks}; it must not be negative")
+            raise ValueError(
+                f"ttt.<method>.freeze_blocks is {self.freeze_blocks}; it must not be negative"
+            )
 
 
 @dataclass
@@ -75,7 +83,21 @@ class TTTConfig(SGDConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+            raise ValueError(
+                f"ttt.score_first.chunk_tokens is {self.chunk_tokens}; it must be at least 1"
+            )
+
+    def check_sequence(self, seq_len: int) -> None:
+        """Refuse chunks that do not hold a training sequence.
+
+        Raises:
+            ValueError: ``chunk_tokens`` is below ``seq_len``.
+        """
+        if self.chunk_tokens < seq_len:
+            raise ValueError(
+                f"ttt.score_first.chunk_tokens is {self.chunk_tokens} but a training sequence has "
+                f"{seq_len} tokens; raise it or lower validation.seq_len"
+            )
 
 
 @dataclass
@@ -95,6 +117,19 @@ class FullTTTConfig(SGDConfig):
 
     batch_seqs: int = 256
     """Sequences in one SGD step, over all processes (PR #388: 32 on each of 8)."""
+
+
+def check_fills_sequence(num_targets: int, seq_len: int) -> None:
+    """Refuse a text that does not fill one training sequence.
+
+    Raises:
+        ValueError: ``num_targets`` is below ``seq_len``.
+    """
+    if num_targets < seq_len:
+        raise ValueError(
+            f"ttt.method full: {num_targets} targets do not fill a training sequence of {seq_len}; "
+            "give more text or lower validation.seq_len"
+        )
 
 
 SequenceLoss = Callable[[TokenLosses, Tensor, Tensor], Tensor]
@@ -193,7 +228,9 @@ def training_run(
                 param.requires_grad_(trainable(name))
             trained = [param for param in gpt.parameters() if param.requires_grad]
             if not trained:
-                raise ValueError("freeze_blocks leaves no parameter to train; lower it")
+                raise ValueError(
+                    "ttt.<method>.freeze_blocks leaves no parameter to train; lower it"
+                )
             yield torch.optim.SGD(trained, lr=config.lr, momentum=config.momentum)
         finally:
             for param, flag in flags:

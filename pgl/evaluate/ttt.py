@@ -19,6 +19,7 @@ from pgl.evaluate.adapt import (
     SequenceLoss,
     Trainable,
     TTTConfig,
+    check_fills_sequence,
     sequence_loss,
     training_run,
     world,
@@ -208,8 +209,7 @@ def train_on_all(
         )
     tokens_N = tokens_on(next(gpt.parameters()).device, tokens)
     num_targets = count_targets(tokens_N, num_targets)
-    if num_targets < seq_len:
-        raise ValueError(f"{num_targets} targets do not fill a training sequence of {seq_len}")
+    check_fills_sequence(num_targets, seq_len)
     num_seqs = num_targets // seq_len
     seqs_of_step = [
         min(config.batch_seqs, num_seqs - first) for first in range(0, num_seqs, config.batch_seqs)
@@ -258,11 +258,7 @@ def _chunks(
     batch_windows: int | None,
 ) -> list[tuple[np.ndarray, WindowLoader]]:
     """The windows of each chunk, and this process's share of them in batches of one shape."""
-    if config.chunk_tokens < seq_len:
-        raise ValueError(
-            f"chunk_tokens is {config.chunk_tokens} but a training sequence has {seq_len} tokens; "
-            "raise chunk_tokens or shorten the sequence"
-        )
+    config.check_sequence(seq_len)
     rank, world_size = world()
     # Chunk numbers never decrease along the windows, so a chunk's windows are a slice.
     chunk_W = assign_chunks(windows_W3, config.chunk_tokens)

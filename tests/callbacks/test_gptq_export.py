@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,7 @@ def test_every_calibration_acts_and_none_reads_validation_tokens(golf_run, tmp_p
 def test_calibration_after_the_budget_is_warned_of(golf_run):
     exporter = GPTQExport(quant("gptq"), calibration="training_after_budget")
     run = golf_run(fit=False, artifact=exporter)
+    run.trainer.datamodule = run.data
     with pytest.warns(UserWarning, match="the challenge does not allow"):
         exporter.setup(run.trainer, run.module, "fit")
 
@@ -230,6 +232,18 @@ def test_export_without_a_clock_counts_nothing_and_warns(golf_run, tmp_path, rec
     phase = run.callback(WallClockBudget).phases.phases["calibrate on no clock"]
     assert phase.seconds > 0
     assert not phase.counts
+
+
+def test_sequences_that_the_devices_cannot_share_are_refused_when_fit_begins(golf_run):
+    run = golf_run(fit=False, artifact=GPTQExport(quant("gptq"), calibration_sequences=5))
+    run.trainer.datamodule = run.data
+    run.data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    exporter = run.callback(GPTQExport)
+    with pytest.raises(ValueError, match="calibration_sequences=5 must be a multiple of the 2"):
+        exporter.setup(run.trainer, run.module, "fit")
+    exporter.setup(run.trainer, run.module, "validate")
+    exporter.quant = quant("round")
+    exporter.setup(run.trainer, run.module, "fit")
 
 
 def test_many_samples_are_warned_of(golf_run):

@@ -1,7 +1,9 @@
 """When validation happens, which windows it reads, and that its scores are the naive ones."""
 
+import json
 import math
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import BudgetProgress, GPTQExport, SlidingWindowBPB, WallClockBudget
 from callbacks.sliding_window_bpb import _probe
+from pgl.data import TokenDataModule
 from pgl.evaluate import (
     BitsPerByte,
     CompiledScorer,
@@ -97,6 +100,40 @@ def test_validate_reads_sliding_windows_and_fit_reads_chunks(tiny_data):
     assert (loader.seq_len, loader.stride, loader.batch_windows) == (32, 32, 8)
     assert trainer.val_check_interval == 3 * tiny_data.layout.accumulate
     assert trainer.check_val_every_n_epoch is None
+
+
+@pytest.mark.parametrize("given", [None, 1, 500, "00:00:01:00"])
+def test_an_interval_of_the_trainers_own_is_warned_of(golf_run, given):
+    run = golf_run(fit=False, val_check_interval=given)
+    run.trainer.datamodule = run.data
+    run.data.setup("fit")
+    validation = run.callback(SlidingWindowBPB)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        validation.setup(run.trainer, run.module, "fit")
+    said = ["trainer.val_check_interval is not used: set validation.every_n_steps"]
+    assert [str(warning.message) for warning in caught] == (said if given else [])
+    validation.every_n_steps = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the Trainer now has what an earlier fit set
+        validation.setup(run.trainer, run.module, "fit")
+    assert run.trainer.val_check_interval == 3 * run.data.layout.accumulate
+    assert run.trainer._val_check_time_interval is None
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize(
+    "settings", [{"tail": "pr324"}, {"tail": "pr236", "stride_tokens": 500}], ids=str
+)
+def test_a_text_without_a_window_is_refused_when_a_run_begins(golf_run, settings, stage):
+    run = golf_run(fit=False, validation=SlidingWindowBPB(seq_len=512, **settings))
+    begin = run.trainer.fit if stage == "fit" else run.trainer.validate
+    message = (
+        r"validation\.tail pr\d+ makes no window of 399 targets: .* validation\.seq_len \(now 512"
+    )
+    with pytest.raises(ValueError, match=message):
+        begin(run.module, datamodule=run.data)
+    assert run.trainer.global_step == 0
 
 
 def test_the_tail_reaches_the_windows(tiny_data):
@@ -261,6 +298,25 @@ def test_a_compiled_run_probes_the_graph_that_scored(golf_run, tiny_gpt):
         again = _probe(run.module, validation.sliding_loader(run.trainer))
     assert again.causal
     assert compiled_graphs() == graphs
+
+
+@pytest.mark.parametrize("settings", [{"seq_len": 1}, {"seq_len": 32, "max_val_tokens": 2}])
+def test_windows_of_one_target_are_scored_and_not_probed(golf_run, tiny_corpus, settings):
+    data = TokenDataModule(
+        tiny_corpus, batch_tokens=128, spans_per_batch=4, **{"max_val_tokens": 60, **settings}
+    )
+    run = golf_run(
+        data=data,
+        budget=WallClockBudget(seconds=None, steps=1, warmup_steps=0),
+        validation=SlidingWindowBPB(stride_tokens=1),
+    )
+    assert run.callback(SlidingWindowBPB).probes is None
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report["scores"][-1]["tokens"] == len(data.val_tokens) - 1
+    assert {
+        "a score depends on earlier tokens only",
+        "probabilities of all tokens sum to 1",
+    } < set(report["legality"]["not_judged"])
 
 
 @pytest.mark.parametrize("name", ["stride_tokens", "seq_len", "batch_windows", "every_n_steps"])

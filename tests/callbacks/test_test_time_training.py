@@ -127,6 +127,29 @@ def test_after_validate_and_test(golf_run, capsys, split, ttt, key, inference_mo
     assert f"{logged[f'{split}/{key}']:.6f} bits/byte" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("ttt", "message"),
+    [
+        (
+            TestTimeTraining("score_first", score_first=TTTConfig(chunk_tokens=511)),
+            r"ttt\.score_first\.chunk_tokens is 511 but a training sequence has 512 tokens",
+        ),
+        (
+            TestTimeTraining("full", allow_illegal=True),
+            r"ttt\.method full: 399 targets do not fill a training sequence of 512",
+        ),
+    ],
+    ids=["score_first", "full"],
+)
+def test_lengths_that_do_not_fit_are_refused_when_a_run_begins(golf_run, ttt, message, stage):
+    run = golf_run(fit=False, ttt=ttt, validation=SlidingWindowBPB(seq_len=512))
+    begin = run.trainer.fit if stage == "fit" else run.trainer.validate
+    with pytest.raises(ValueError, match=message):
+        begin(run.module, datamodule=run.data)
+    assert run.trainer.global_step == 0
+
+
 def test_validation_during_training_does_not_adapt(golf_run):
     ttt = TestTimeTraining("score_first", score_first=FIRST)
     seen = []
