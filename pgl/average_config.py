@@ -62,18 +62,26 @@ class SnapshotConfig:
     def __post_init__(self) -> None:
         if (self.every_steps is None) == (self.every_fraction is None):
             raise ValueError(
-                "averaging: set exactly one of every_steps and every_fraction, the other to null"
+                "averaging.<swa or last>: set exactly one of every_steps and every_fraction, the "
+                "other to null"
             )
         if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"averaging: every_steps must be at least 1, got {self.every_steps}")
+            raise ValueError(
+                f"averaging.<swa or last>.every_steps must be at least 1, got {self.every_steps}"
+            )
         if self.every_fraction is not None and not 0 < self.every_fraction <= 1:
             raise ValueError(
-                f"averaging: every_fraction must be in (0, 1], got {self.every_fraction}"
+                "averaging.<swa or last>.every_fraction must be in (0, 1], got "
+                f"{self.every_fraction}"
             )
         if self.start_scale <= 0:
-            raise ValueError(f"averaging: start_scale must be positive, got {self.start_scale}")
+            raise ValueError(
+                f"averaging.<swa or last>.start_scale must be positive, got {self.start_scale}"
+            )
         if self.keep is not None and self.keep < 1:
-            raise ValueError(f"averaging: keep must be at least 1 or null, got {self.keep}")
+            raise ValueError(
+                f"averaging.<swa or last>.keep must be at least 1 or null, got {self.keep}"
+            )
 
     def scaled(self, step_scale: float) -> "SnapshotConfig":
         """Return the snapshots of a run with ``step_scale`` times the recipe's steps.

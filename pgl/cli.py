@@ -131,7 +131,8 @@ class GolfCLI(LightningCLI):
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
         for name, most in (("log_every_n_steps", math.inf), ("num_nodes", 1024)):
-            if not 1 <= config.get(f"trainer.{name}", 1) <= most:
+            value = config.get(f"trainer.{name}")
+            if value is not None and not 1 <= value <= most:
                 raise ValueError(f"trainer.{name} must be from 1 to {most}")
         for name in ("min_epochs", "min_steps"):
             # Lightning would go on without an end, since it would not let the budget stop it.

@@ -1,5 +1,6 @@
 """Whatever an option is set to: it is accepted, or refused in one line that names it."""
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -28,9 +29,16 @@ LOUDER_WORDS = {
     # The message is about the setting that contradicts the one given.
     "trainer.max_time": ("duration",),
     "artifact.limit_bytes": ("folder for the run",),  # no room on the disk
-    "averaging.swa": ("every_steps", "start_scale", "keep", "every_fraction"),
 }
 """What the line may say in place of the option's own name."""
+PATTERNS = (
+    (r"artifact\.quant\.\w+\.grid$", "artifact.quant.<group>.grid"),
+    (r"averaging\.(swa|last)$", "averaging.<swa or last>"),
+    (r"ttt\.(score_first|full)$", "ttt.<method>"),
+    # Lightning's own messages name the option alone.
+    (r"trainer$", ""),
+)
+"""What the line may say in place of the section of a class that several sections share."""
 
 
 class Options:
@@ -126,8 +134,16 @@ def check(subcommand: str, options: Options, key: str, value: str, capsys) -> No
     if line is not None:
         assert line.startswith("pgl: error: ")
         assert "Traceback" not in line
-        names = (key.rsplit(".", 1)[-1], *LOUDER_WORDS.get(key, ()))
-        assert any(name in line for name in names), f"--{key}={value}: {line}"
+        assert is_named(key, line), f"--{key}={value}: {line}"
+
+
+def is_named(key: str, line: str) -> bool:
+    """Whether a line has an option's name, and the section that is typed in front of it."""
+    if any(word in line for word in LOUDER_WORDS.get(key, ())):
+        return True
+    section, _, name = key.rpartition(".")
+    sections = [section, *(shared for rule, shared in PATTERNS if re.match(rule, section))]
+    return name in line and any(section in line for section in sections)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -165,10 +181,12 @@ def test_all_values_of_all_options_are_taken_or_named(options, capsys):
     [
         ("seed_everything", "-1", "seed_everything must be from 0"),
         ("ckpt_path", "", "ckpt_path is empty"),
-        ("model.gpt.model_dim", HUGE, "lower num_layers, model_dim, mlp_hidden"),
-        ("model.gpt.bigram_buckets", HUGE, "lower bigram_buckets"),
-        ("model.gpt.qk_gain_init", "1e30", "qk_gain_init must be at most 65504"),
-        ("model.optimizer.ns_steps", HUGE, "ns_steps must be at least 1 and at most 100"),
+        ("model.gpt.model_dim", HUGE, "model.gpt.num_layers, model_dim, mlp_hidden must be lower"),
+        ("model.gpt.bigram_buckets", HUGE, "model.gpt.bigram_buckets, bigram_dim must be lower"),
+        ("model.gpt.qk_gain_init", "1e30", "model.gpt.qk_gain_init must be at most 65504"),
+        ("model.optimizer.ns_steps", HUGE, "model.optimizer.ns_steps must be at least 1 and at"),
+        ("model.optimizer.beta1", "2", "model.optimizer.beta1 must be at least 0 and below 1"),
+        ("model.schedule.momentum_end", "1", "model.schedule.momentum_end must be at least 0 and"),
         ("model.optimizer.matrix_lr", ".nan", "model.optimizer.matrix_lr is nan"),
         ("model.optimizer.eps", ".inf", "model.optimizer.eps is inf"),
         ("model.optimizer.adam_weight_decay", "1e30", "adam_weight_decay must be from 0 to 1000"),
@@ -177,12 +195,20 @@ def test_all_values_of_all_options_are_taken_or_named(options, capsys):
         ("budget.warmup_steps", HUGE, "budget.warmup_steps must be from 0 to 1000"),
         ("budget.step_scale", "1e30", "budget.step_scale must be above 0 and at most 1000"),
         ("averaging.ema.decay", "-1", "averaging.ema.decay must be in [0, 1)"),
-        ("averaging.swa.keep", "0", "keep must be at least 1 or null"),
+        ("averaging.swa.keep", "0", "averaging.<swa or last>.keep must be at least 1 or null"),
         ("artifact.calibration_sequences", HUGE, "calibration_sequences must be from 1 to 65536"),
         ("artifact.file_name", "../model.pgl", "artifact.file_name must be a name"),
         ("artifact.quant.attention.grid.search_quantiles", "[.nan]", "search_quantiles is nan"),
+        ("artifact.quant.mlp.grid.bits", "4", "artifact.quant.<group>.grid.bits is 4: choose 5"),
+        ("artifact.quant.bigram.method", "gptq", "artifact.quant.bigram.method is"),
+        ("artifact.quant.gptq.damping", "-1", "artifact.quant.gptq.damping is -1"),
+        ("artifact.quant.gptq.steps", "balanced", "artifact.quant.gptq.steps is"),
+        ("artifact.codec", "zip", 'artifact.codec "zip" is unknown'),
         ("validation.seq_len", HUGE, "validation.seq_len must be positive and at most"),
         ("ttt.score_first.freeze_blocks", HUGE, "freeze_blocks is 1000000000000 but the model has"),
+        ("ttt.score_first.lr", "0", "ttt.<method>.lr is 0.0; it must be above 0"),
+        ("ttt.score_first.chunk_tokens", "9", "chunk_tokens is 9 but a training sequence has"),
+        ("data.source.init_args.max_train_shards", "0", "data.source.init_args.max_train_shards"),
         ("generation.seed", "-1", "generation.seed must be from 0"),
         ("trainer.min_steps", "0", "trainer.min_steps is not for a run on a budget"),
         ("trainer.log_every_n_steps", "0", "trainer.log_every_n_steps must be from 1"),
@@ -194,6 +220,10 @@ def test_what_would_strike_later_is_refused_at_once(key, value, said, options, c
     assert said in (outcome("fit", options, key, value, capsys) or "accepted")
 
 
+def test_a_null_that_lightning_takes_is_taken(options, capsys):
+    assert outcome("fit", options, "trainer.log_every_n_steps", "null", capsys) is None
+
+
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
@@ -202,9 +232,24 @@ def test_what_would_strike_later_is_refused_at_once(key, value, said, options, c
         (["--averaging.last={every_steps: 5}"], "averaging.last.keep"),
         (["--artifact.search=step", "--artifact.limit_bytes=null"], "artifact.search is step"),
         (["--ttt.method=full"], "ttt.allow_illegal"),
+        (
+            ["--ttt.allow_illegal=true", "--data.max_val_tokens=20", "--ttt.method=full"],
+            "ttt.method full: 19 targets do not fill a training sequence of",
+        ),
+        (
+            ["--data.max_val_tokens=20", "--validation.tail=pr324"],
+            "validation.tail pr324 makes no window of 19 targets: set it to exact, or lower",
+        ),
         (["--model.gpt.document_mask=true", "--model.gpt.attention_backend=flash"], "document_m"),
         (["--model.gpt.cache_layer=null"], "backout needs cache_layer"),
-        (["--model.schedule.warmdown_fraction=0.5"], "warmdown_steps and warmdown_fraction"),
+        (
+            ["--model.schedule.warmdown_fraction=0.5"],
+            "model.schedule.warmdown_steps and warmdown_fraction: set exactly one",
+        ),
+        (
+            ["--artifact.quant.mlp.store=float16", "--artifact.quant.mlp.method=gptq"],
+            'artifact.quant.<group>.method is "gptq"',
+        ),
         (["--validation.weights=ema"], "validation.weights"),
         (["--budget.seconds=10", "--budget.reserve_seconds=11"], "budget.reserve_seconds=11"),
     ],

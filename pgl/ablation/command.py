@@ -61,9 +61,7 @@ def parser() -> OneLineParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the trials and what they change, run nothing"
     )
-    parser.add_argument(
-        "--list", action="store_true", help="print the names that --off takes"
-    )
+    parser.add_argument("--list", action="store_true", help="print the names that --off takes")
     return parser
 
 

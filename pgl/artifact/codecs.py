@@ -78,7 +78,7 @@ def check_codec(name: str) -> None:
     Raises:
         ValueError: It is unknown or its library is not installed.
     """
-    _codec(name)
+    _codec(name, setting="artifact.codec")
 
 
 def compress_best(name: str, data: bytes, layout: Layout) -> tuple[str, bytes]:
@@ -98,11 +98,11 @@ def compress_best(name: str, data: bytes, layout: Layout) -> tuple[str, bytes]:
     return min(found, key=lambda pair: len(pair[1]))
 
 
-def _codec(name: str) -> Codec:
+def _codec(name: str, setting: str = "codec") -> Codec:
     if name in _PACKAGES and name not in CODECS:
-        raise ValueError(f'codec "{name}" needs the package {_PACKAGES[name]}: install it')
+        raise ValueError(f'{setting} "{name}" needs the package {_PACKAGES[name]}: install it')
     if name not in CODECS:
-        raise ValueError(f'codec "{name}" is unknown: choose one of {", ".join(CODECS)}')
+        raise ValueError(f'{setting} "{name}" is unknown: choose one of {", ".join(CODECS)}')
     return CODECS[name]
 
 

@@ -10,13 +10,13 @@ from pgl.artifact.errors import ArtifactError
 from pgl.artifact.model_config import config_from_dict, config_to_dict, expected_shapes
 from pgl.artifact.streams import StreamPlan, TableEntry, plan_streams
 from pgl.model import GPTConfig
+from pgl.model.config import MAX_PARAMETERS
 from pgl.quant.groups import tensor_group
 from pgl.quant.stored import CODE_KINDS, DTYPES
 
 FORMAT = "parameter-golf-artifact"
 VERSION = 1
 MAX_TENSORS = 16_384
-MAX_PARAMETERS = 1 << 27
 TENSORS_PER_LAYER = 6  # four projections of attention, two of the MLP; a layer has more
 
 

@@ -52,8 +52,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> bytes:
     """
     if not 4 + 256 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size is {vocab_size}; give a number above 260 (specials and bytes) "
-            f"and at most {MAX_VOCAB_SIZE}."
+            f"data.source.init_args.vocab_size is {vocab_size}; give a number above 260 (specials "
+            f"and bytes) and at most {MAX_VOCAB_SIZE}."
         )
     model = io.BytesIO()
     counted = _Counted(_cleaned(texts))
@@ -71,15 +71,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> bytes:
             raise ValueError("the tokenizer has no text to train on; give more text.") from error
         if "smaller than required_chars" in str(error):
             raise ValueError(
-                f"vocab_size={vocab_size} does not hold the characters of this text; "
-                "raise vocab_size."
+                f"data.source.init_args.vocab_size={vocab_size} does not hold the characters of "
+                "this text; raise it."
             ) from error
         raise
     trained_size = _processor(model.getvalue()).vocab_size()
     if trained_size != vocab_size:
         raise ValueError(
             f"{counted.characters} characters of text give only {trained_size} of "
-            f"vocab_size={vocab_size} pieces; give more text or lower vocab_size."
+            f"vocab_size={vocab_size} pieces; give more text or lower "
+            "data.source.init_args.vocab_size."
         )
     return model.getvalue()
 

@@ -43,19 +43,23 @@ def prepare_backend(backend: str, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(
-            f"attention_backend {backend} needs a CUDA device, not {device.type}; "
+            f"model.gpt.attention_backend {backend} needs a CUDA device, not {device.type}; "
             f"use auto, math or flash there"
         )
     generation, _ = torch.cuda.get_device_capability(device)
     if generation < FIRST_GENERATION[backend]:
         raise ValueError(
-            f"attention_backend {backend} needs compute capability {FIRST_GENERATION[backend]}.0, "
-            f"this device has {generation}.x; use auto"
+            f"model.gpt.attention_backend {backend} needs compute capability "
+            f"{FIRST_GENERATION[backend]}.0, this device has {generation}.x; use auto"
         )
     if backend == "cudnn" and not torch.backends.cudnn.is_available():
-        raise ValueError("attention_backend cudnn needs a torch build with cuDNN; use auto")
+        raise ValueError(
+            "model.gpt.attention_backend cudnn needs a torch build with cuDNN; use auto"
+        )
     if backend == "flash" and not torch.backends.cuda.is_flash_attention_available():
-        raise ValueError("attention_backend flash is missing in this torch build; use auto")
+        raise ValueError(
+            "model.gpt.attention_backend flash is missing in this torch build; use auto"
+        )
     if backend != "cudnn":
         _select_flash_implementation(None if backend == "flash" else backend.upper())
 
@@ -78,7 +82,9 @@ def _select_flash_implementation(name: str | None) -> None:
     if not hasattr(switch, "activate_flash_attention_impl"):
         if name is None:
             return
-        raise ValueError(f"attention_backend {name.lower()} needs torch 2.11 or newer; use auto")
+        raise ValueError(
+            f"model.gpt.attention_backend {name.lower()} needs torch 2.11 or newer; use auto"
+        )
     if switch.current_flash_attention_impl() == name:
         return
     if name is None:
@@ -88,6 +94,6 @@ def _select_flash_implementation(name: str | None) -> None:
         switch.activate_flash_attention_impl(name)
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"attention_backend {name.lower()} could not be activated ({error}); install "
+            f"model.gpt.attention_backend {name.lower()} could not be activated ({error}); install "
             f"FlashAttention-{name[-1]} or use auto"
         ) from error

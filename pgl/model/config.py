@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-MAX_PARAMETERS = 1 << 30
-"""Weights of the largest model: sixty times what an artifact of 16 MB holds."""
+MAX_PARAMETERS = 1 << 27
+"""Weights of the largest model, and of the largest artifact that is read: five times what 16 MB
+hold at 5 bits."""
 
 MAX_START = 65504.0
 """Largest magnitude of what a weight starts with: artifacts keep it as float16."""
@@ -190,6 +191,11 @@ class GPTConfig:
         """Number of U-Net skip connections; the first half is the smaller one if layers are odd."""
         return self.num_layers // 2 if self.unet_skips else 0
 
+    @property
+    def num_weights(self) -> int:
+        """Weights of the model, a tied head not counted twice."""
+        return sum(self._weights_by_setting().values())
+
     def _check_sizes(self) -> None:
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
@@ -215,22 +221,31 @@ class GPTConfig:
         )
 
     def _check_total(self) -> None:
-        block = 2 * self.model_dim * (self.model_dim + self.kv_dim + self.mlp_hidden)
-        tables = {
-            "num_layers, model_dim, mlp_hidden": self.num_layers * block,
-            "vocab_size": self.vocab_size * self.model_dim,
-            "bigram_buckets, bigram_dim": self.bigram_dim * (self.bigram_buckets + self.model_dim)
+        weights = self._weights_by_setting()
+        _require(
+            self.num_weights <= MAX_PARAMETERS,
+            f"{max(weights, key=lambda name: weights[name])} must be lower: the model would have "
+            f"{self.num_weights:,} weights, more than {MAX_PARAMETERS:,}",
+        )
+
+    def _weights_by_setting(self) -> dict[str, int]:
+        dim, heads = self.model_dim, self.num_heads
+        block = 2 * dim * (dim + self.kv_dim + self.mlp_hidden + 1 + self.resid_mix)
+        block += heads * (self.qk_gain_init is not None) + (dim + 1) * heads * self.gated_attention
+        values = self.value_embedding_dim * (self.vocab_size + self.kv_dim) + 1
+        return {
+            "num_layers, model_dim, mlp_hidden": self.num_layers * block
+            + dim * (self.num_skips + self.smear_gate)
+            + 2 * (self.num_layers - 1) * self.value_residual
+            + self.backout,
+            "vocab_size": dim * self.vocab_size * (1 if self.tie_embeddings else 2),
+            "bigram_buckets, bigram_dim": self.bigram_dim * (self.bigram_buckets + dim) + 1
             if self.bigram_buckets
             else 0,
-            "value_embedding_dim": self.value_embedding_dim * (self.vocab_size + self.kv_dim)
+            "value_embedding_dim": values + len(self.value_embedding_layers)
             if self.value_embedding_layers
             else 0,
         }
-        _require(
-            sum(tables.values()) <= MAX_PARAMETERS,
-            f"the model would have {sum(tables.values()):,} weights, more than "
-            f"{MAX_PARAMETERS:,}: lower {max(tables, key=lambda name: tables[name])}",
-        )
 
     def _check_attention(self) -> None:
         _require(
@@ -285,4 +300,4 @@ class GPTConfig:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(f"model.gpt.{message}")

@@ -90,7 +90,7 @@ class OptimizerConfig:
 
 def _check(condition: bool, name: str, rule: str) -> None:
     if not condition:
-        raise ValueError(f"optimizer setting {name} {rule}.")
+        raise ValueError(f"model.optimizer.{name} {rule}.")
 
 
 def route(name: str, ndim: int, config: OptimizerConfig) -> GroupName:

@@ -80,12 +80,13 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         if grad_clip_norm is not None and not grad_clip_norm > 0:
             raise ValueError(
-                f"grad_clip_norm must be positive, or null for no clipping, got {grad_clip_norm}."
+                "model.optimizer.grad_clip_norm must be positive, or null for no clipping, got "
+                f"{grad_clip_norm}."
             )
         if momentum_format not in get_args(MomentumFormat):
             raise ValueError(
-                f"momentum_format must be one of {', '.join(get_args(MomentumFormat))}, "
-                f"got {momentum_format!r}."
+                "model.optimizer.momentum_format must be one of "
+                f"{', '.join(get_args(MomentumFormat))}, got {momentum_format!r}."
             )
         self._ranks = Ranks.of(process_group)
         if clip == "local" and self._ranks.count > 1 and not reduce_gradients:

@@ -40,7 +40,9 @@ def step_coefficients(name: str, steps: int) -> list[tuple[float, float, float]]
         ValueError: The name is unknown, or there is no step or over 100.
     """
     if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"ns_steps must be at least 1 and at most {MAX_STEPS}, got {steps}.")
+        raise ValueError(
+            f"model.optimizer.ns_steps must be at least 1 and at most {MAX_STEPS}, got {steps}."
+        )
     if name == "keller":
         return [KELLER] * steps
     if name == "polar_express":
@@ -50,7 +52,7 @@ def step_coefficients(name: str, steps: int) -> list[tuple[float, float, float]]
         ]
         return (safe + [POLAR_EXPRESS[-1]] * steps)[:steps]
     choices = ", ".join(get_args(NSCoefficients))
-    raise ValueError(f"ns_coefficients must be one of {choices}, got {name!r}.")
+    raise ValueError(f"model.optimizer.ns_coefficients must be one of {choices}, got {name!r}.")
 
 
 def zeropower(

@@ -84,12 +84,12 @@ class ScheduleConfig:
         for name in ("warmdown_fraction", "warmdown_max_fraction", "momentum_warmup_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"schedule setting {name} must be between 0 and 1, got {value}.")
+                raise ValueError(f"model.schedule.{name} must be between 0 and 1, got {value}.")
         for name in ("momentum_start", "momentum_end"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(
-                    f"schedule setting {name} must be at least 0 and below 1, got {value}."
+                    f"model.schedule.{name} must be at least 0 and below 1, got {value}."
                 )
 
     def scaled(self, step_scale: float) -> "ScheduleConfig":
@@ -109,11 +109,11 @@ def _exactly_one(steps_name: str, steps: int | None, fraction: float | None) -> 
     fraction_name = steps_name.removesuffix("steps") + "fraction"
     if (steps is None) == (fraction is None):
         raise ValueError(
-            f"schedule settings {steps_name} and {fraction_name}: set exactly one of them and the "
+            f"model.schedule.{steps_name} and {fraction_name}: set exactly one of them and the "
             "other to null."
         )
     if steps is not None and steps < 0:
-        raise ValueError(f"schedule setting {steps_name} must not be negative, got {steps}.")
+        raise ValueError(f"model.schedule.{steps_name} must not be negative, got {steps}.")
 
 
 def lr_scale(progress: Progress, config: ScheduleConfig) -> float:

@@ -89,8 +89,8 @@ def check_state(
     if saved.keys() != shapes.keys():
         raise ValueError(
             f"The checkpoint's optimizer state has {sorted(saved)} where momentum_format="
-            f"{momentum_format!r} needs {sorted(shapes)}; set momentum_format to what "
-            "the checkpoint was made with."
+            f"{momentum_format!r} needs {sorted(shapes)}; set model.optimizer.momentum_format to "
+            "what the checkpoint was made with."
         )
     for name, shape in shapes.items():
         if saved[name].shape != shape:

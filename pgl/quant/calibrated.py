@@ -127,10 +127,10 @@ def _check_calibrated(name: str, calibration: Calibration | None, config: GPTQCo
     if calibration is None or name not in calibration.hessians:
         raise ValueError(
             f"{name} is to be quantised by GPTQ but has no calibration Hessian: collect "
-            'Hessians first, or set its group\'s method to "round"'
+            'Hessians first, or set artifact.quant.<group>.method to "round"'
         )
     if config.steps == "balanced" and name not in calibration.energies:
         raise ValueError(
             f"{name} is to get balanced steps but has no output energies: collect them first, or "
-            'set gptq.steps to "grid"'
+            'set artifact.quant.gptq.steps to "grid"'
         )

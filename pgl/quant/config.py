@@ -26,8 +26,8 @@ class TensorRule:
     def __post_init__(self) -> None:
         if self.method == "gptq" and self.store != "codes":
             raise ValueError(
-                f'TensorRule.method is "gptq", which chooses codes, but store is "{self.store}": '
-                'set store to "codes" or method to "round"'
+                'artifact.quant.<group>.method is "gptq", which chooses codes, but store is '
+                f'"{self.store}": set store to "codes" or method to "round"'
             )
 
 
@@ -55,13 +55,15 @@ class GPTQConfig:
 
     def __post_init__(self) -> None:
         if self.damping < 0:
-            raise ValueError(f"GPTQConfig.damping is {self.damping}: choose 0 or more")
+            raise ValueError(f"artifact.quant.gptq.damping is {self.damping}: choose 0 or more")
         if self.block_columns < 1:
-            raise ValueError(f"GPTQConfig.block_columns is {self.block_columns}: choose 1 or more")
+            raise ValueError(
+                f"artifact.quant.gptq.block_columns is {self.block_columns}: choose 1 or more"
+            )
         if self.steps == "balanced" and self.select_by != "mse":
             raise ValueError(
-                f'GPTQConfig.select_by is "{self.select_by}", but balanced steps search no '
-                'quantile: leave select_by out or set steps to "grid"'
+                f'artifact.quant.gptq.select_by is "{self.select_by}", but balanced steps search '
+                'no quantile: leave select_by out or set steps to "grid"'
             )
 
 
@@ -123,23 +125,23 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.prune_fraction < 1:
             raise ValueError(
-                f"QuantConfig.prune_fraction is {self.prune_fraction}: choose a value in [0, 1)"
+                f"artifact.quant.prune_fraction is {self.prune_fraction}: choose a value in [0, 1)"
             )
         if self.passthrough_max_numel < 0:
             raise ValueError(
-                f"QuantConfig.passthrough_max_numel is {self.passthrough_max_numel}: "
+                f"artifact.quant.passthrough_max_numel is {self.passthrough_max_numel}: "
                 "choose 0 or more"
             )
         for name in ("token_embedding", "bigram", "value_embedding"):
             if getattr(self, name).method == "gptq":
                 raise ValueError(
-                    f'QuantConfig.{name}.method is "gptq", but the rows of an embedding are looked '
-                    'up, not multiplied by inputs to calibrate with: set it to "round"'
+                    f'artifact.quant.{name}.method is "gptq", but the rows of an embedding are '
+                    'looked up, not multiplied by inputs to calibrate with: set it to "round"'
                 )
 
         if self.gptq.steps == "balanced" and not self.needs_hessians():
             raise ValueError(
-                'QuantConfig.gptq.steps is "balanced", but no group is quantised by GPTQ: set '
+                'artifact.quant.gptq.steps is "balanced", but no group is quantised by GPTQ: set '
                 'attention.method or mlp.method to "gptq", or gptq.steps to "grid"'
             )
 

@@ -92,7 +92,7 @@ def inverse_factor(hessian_KCC: Tensor) -> Tensor:
     if not bool((info_K == 0).all() & lower_KCC.isfinite().all()):
         raise ValueError(
             "a calibration Hessian is not positive definite: calibrate on more tokens or raise "
-            "GPTQConfig.damping"
+            "artifact.quant.gptq.damping"
         )
     identity_CC = torch.eye(hessian_KCC.shape[-1], device=hessian_KCC.device)
     identity_KCC = identity_CC.expand_as(lower_KCC)

@@ -154,8 +154,8 @@ def _cast(name: str, tensor: Tensor, kind: str) -> Tensor:
     cast = tensor.to(DTYPES[kind])
     if not bool(cast.isfinite().all()):
         raise ValueError(
-            f"{name} has a weight of {tensor.abs().max().item():g}, beyond {kind}: store its group "
-            "as float32"
+            f"{name} has a weight of {tensor.abs().max().item():g}, beyond {kind}: set "
+            "artifact.quant.small_dtype, control_dtype or its group's store to float32"
         )
     return cast
 

@@ -61,22 +61,26 @@ class RowGrid:
 
     def __post_init__(self) -> None:
         if not 5 <= self.bits <= 8:
-            raise ValueError(f"RowGrid.bits is {self.bits}: choose 5, 6, 7 or 8")
+            raise ValueError(
+                f"artifact.quant.<group>.grid.bits is {self.bits}: choose 5, 6, 7 or 8"
+            )
         if not 0 < self.clip_quantile <= 1:
             raise ValueError(
-                f"RowGrid.clip_quantile is {self.clip_quantile}: choose a value in (0, 1]"
+                f"artifact.quant.<group>.grid.clip_quantile is {self.clip_quantile}: choose a "
+                "value in (0, 1]"
             )
         if not self.search_quantiles or not all(0 < p <= 1 for p in self.search_quantiles):
             raise ValueError(
-                f"RowGrid.search_quantiles is {self.search_quantiles}: "
+                f"artifact.quant.<group>.grid.search_quantiles is {self.search_quantiles}: "
                 "give at least one value, each in (0, 1]"
             )
         if self.scale_floor is not None and not (
             SMALLEST_NORMAL_FLOAT16 <= self.scale_floor <= LARGEST_FLOAT16
         ):
             raise ValueError(
-                f"RowGrid.scale_floor is {self.scale_floor}: a step is stored as float16, choose "
-                f"null or a value from {SMALLEST_NORMAL_FLOAT16} to {LARGEST_FLOAT16:g}"
+                f"artifact.quant.<group>.grid.scale_floor is {self.scale_floor}: a step is stored "
+                f"as float16, choose null or a value from {SMALLEST_NORMAL_FLOAT16} to "
+                f"{LARGEST_FLOAT16:g}"
             )
 
     def scaled(self, step_factor: float) -> "RowGrid":

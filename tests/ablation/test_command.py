@@ -69,7 +69,8 @@ def test_an_ablation_runs_is_resumed_and_compared(tiny_corpus, tmp_path, capsys)
     ]
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    assert "broken, seed 1 failed: exit status 2: pgl: error: attention_backend fa3" in captured.out
+    said = "exit status 2: pgl: error: model.gpt.attention_backend fa3"
+    assert f"broken, seed 1 failed: {said}" in captured.out
     content = json.loads((out / "ablation.json").read_text())
     assert [group["label"] for group in content["groups"]] == ["unchanged", "no_xsa"]
     assert content["baseline"] == "unchanged"

@@ -4,8 +4,9 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from pgl.model import GPTConfig
-from tests.parity.recipes import PRS, RECIPES
+from pgl.model import GPT, GPTConfig
+from pgl.model.config import MAX_PARAMETERS
+from tests.parity.recipes import PRS, RECIPES, tiny
 
 REFUSED = [
     ({"num_heads": 7}, "multiple of num_heads 7"),
@@ -44,6 +45,25 @@ def test_defaults_are_the_baseline() -> None:
     config = GPTConfig()
     assert (config.head_dim, config.kv_dim) == (64, 256)
     assert (config.rotated_dims, config.num_skips) == (64, 4)
+
+
+EVERYTHING = {"tie_embeddings": False, "value_residual": True, "gated_attention": True}
+NOTHING = {"qk_gain_init": None, "resid_mix": False, "unet_skips": False}
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, NOTHING], ids=["as it is", "more", "less"])
+@pytest.mark.parametrize("pr", PRS)
+def test_weights_are_counted_exactly(pr: str, changes: dict[str, object]) -> None:
+    config = tiny(pr, **changes)
+    assert config.num_weights == sum(t.numel() for t in GPT(config).state_dict().values())
+
+
+def test_the_largest_model_is_the_largest_that_an_artifact_may_hold() -> None:
+    assert GPTConfig(vocab_size=119_000).num_weights <= MAX_PARAMETERS
+    with pytest.raises(ValueError, match=r"vocab_size must be lower: .* more than 134,217,728"):
+        GPTConfig(vocab_size=230_000)
+    with pytest.raises(ValueError, match="vocab_size must be lower"):
+        GPTConfig(vocab_size=119_000, tie_embeddings=False)
 
 
 @pytest.mark.parametrize("pr", PRS)

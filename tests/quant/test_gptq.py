@@ -173,7 +173,7 @@ def test_a_bad_hessian_is_refused():
 
 @pytest.mark.parametrize(("setting", "value"), [("damping", -0.1), ("block_columns", 0)])
 def test_bad_settings_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"GPTQConfig.{setting}"):
+    with pytest.raises(ValueError, match=f"artifact.quant.gptq.{setting}"):
         GPTQConfig(**{setting: value})
 
 

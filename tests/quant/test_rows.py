@@ -127,7 +127,7 @@ def test_a_row_without_a_float16_step_is_refused(bad):
     ],
 )
 def test_bad_settings_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"RowGrid.{setting}"):
+    with pytest.raises(ValueError, match=f"artifact.quant.<group>.grid.{setting}"):
         RowGrid(**{setting: value})
 
 

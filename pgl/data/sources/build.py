@@ -177,7 +177,7 @@ def _check_splits(characters: dict[str, int], documents: int, more_documents: st
         if characters[split] == 0:
             raise ValueError(
                 f"none of the {documents} documents falls into the {split} split; "
-                f"{more_documents} or {advice} val_fraction."
+                f"{more_documents} or {advice} data.source.init_args.val_fraction."
             )
 
 

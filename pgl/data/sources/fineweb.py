@@ -64,7 +64,7 @@ class FineWeb(Source):
             ("backoff_seconds", backoff_seconds, 0),
         ):
             if value < least:
-                raise ValueError(f"{name} is {value}; give at least {least}.")
+                raise ValueError(f"data.source.init_args.{name} is {value}; give at least {least}.")
         self.dataset = f"fineweb10B_{variant}"
         self.train_shards = train_shards
         self.remote_prefix = PurePosixPath(remote_prefix)
@@ -143,8 +143,9 @@ class FineWeb(Source):
         listing = list_files(manifest, self.dataset, self.hub.repo_id)
         if self.train_shards > len(listing.train):
             raise ValueError(
-                f"train_shards is {self.train_shards}, but {self.hub.repo_id} has "
-                f"{len(listing.train)} training shards of {self.dataset}; lower train_shards."
+                f"data.source.init_args.train_shards is {self.train_shards}, but "
+                f"{self.hub.repo_id} has {len(listing.train)} training shards of {self.dataset}; "
+                "lower it."
             )
         return Listing(listing.train[: self.train_shards], listing.val, listing.tokenizer)
 
@@ -171,7 +172,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} does not list datasets and tokenizers by name ({error!r}); "
-            "check repo_id and remote_prefix."
+            "check data.source.init_args.repo_id and remote_prefix."
         ) from error
     return manifest
 
@@ -213,7 +214,8 @@ def _named(entries: list[dict[str, Any]], name: Any, kind: str, repo_id: str) ->
             return entry
     names = ", ".join(str(entry["name"]) for entry in entries) or "none"
     raise ValueError(
-        f"{repo_id} has no {kind} {name}, it has {names}; choose another variant or repo_id."
+        f"{repo_id} has no {kind} {name}, it has {names}; choose another "
+        "data.source.init_args.variant or repo_id."
     )
 
 

@@ -96,7 +96,8 @@ class HubFiles:
         if isinstance(error, final) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise ValueError(
                 f"{remote} of {self.repo_id} at {self.revision} cannot be had "
-                f"({_first_line(error)}); check repo_id, revision and your access."
+                f"({_first_line(error)}); check data.source.init_args.repo_id, revision and your "
+                "access."
             ) from error
 
     def _accept(self, staged: Path, destination: Path, check: Callable[[Path], object]) -> None:

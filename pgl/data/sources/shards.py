@@ -28,7 +28,8 @@ class Shards(Source):
     ) -> None:
         if max_train_shards is not None and max_train_shards < 1:
             raise ValueError(
-                f"max_train_shards is {max_train_shards}; give at least 1, or null for all shards."
+                f"data.source.init_args.max_train_shards is {max_train_shards}; give at least 1, "
+                "or null for all shards."
             )
         self.directory = Path(directory)
         self.tokenizer_path = None if tokenizer_path is None else Path(tokenizer_path)
@@ -53,7 +54,10 @@ class Shards(Source):
 
     def _find_shards(self) -> Path:
         if not self.directory.is_dir():
-            raise ValueError(f"{self.directory} is not a directory; give the one with the shards.")
+            raise ValueError(
+                f"{self.directory} is not a directory; set data.source.init_args.directory to the "
+                "one with the shards."
+            )
         if any(self.directory.glob("fineweb_*.bin")):
             return self.directory
         found = sorted({path.parent for path in self.directory.glob("datasets/*/fineweb_*.bin")})
@@ -63,11 +67,11 @@ class Shards(Source):
             names = ", ".join(str(path) for path in found)
             raise ValueError(
                 f"{self.directory} holds several data sets ({names}); "
-                "give one of them as the directory."
+                "set data.source.init_args.directory to one of them."
             )
         raise ValueError(
             f"{self.directory} has neither fineweb_*.bin nor datasets/*/fineweb_*.bin; "
-            "give the directory with the shards."
+            "set data.source.init_args.directory to the one with the shards."
         )
 
     def _find_tokenizer(self, shards: Path) -> Path:
@@ -78,8 +82,11 @@ class Shards(Source):
             return found[0]
         if found:
             names = ", ".join(str(path) for path in found)
-            raise ValueError(f"several tokenizers fit {shards} ({names}); set tokenizer_path.")
+            raise ValueError(
+                f"several tokenizers fit {shards} ({names}); set "
+                "data.source.init_args.tokenizer_path."
+            )
         raise ValueError(
             f"no *.model in {places[0]} or {places[1]}; "
-            "set tokenizer_path to the shards' tokenizer."
+            "set data.source.init_args.tokenizer_path to the shards' tokenizer."
         )

@@ -71,7 +71,9 @@ class Stdlib(Source):
     ) -> None:
         check_fraction(val_fraction)
         if modules is not None and not modules:
-            raise ValueError("modules is empty; name some, or give null for all.")
+            raise ValueError(
+                "data.source.init_args.modules is empty; name some, or give null for all."
+            )
         self.cache_dir = Path(cache_dir)
         self.val_fraction = val_fraction
         self.modules = modules
@@ -100,7 +102,8 @@ class Stdlib(Source):
         missing = sorted(set(self.modules) - set(found))
         if missing:
             raise ValueError(
-                f"the standard library has no source of {', '.join(missing)}; correct modules."
+                f"the standard library has no source of {', '.join(missing)}; correct "
+                "data.source.init_args.modules."
             )
         return {name: found[name] for name in sorted(set(self.modules))}
 

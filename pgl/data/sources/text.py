@@ -58,7 +58,10 @@ class Text(Source):
         tokenizer_characters: int = 100_000_000,
     ) -> None:
         if not paths:
-            raise ValueError("paths is empty; name at least one .txt or .jsonl file or directory.")
+            raise ValueError(
+                "data.source.init_args.paths is empty; name at least one .txt or .jsonl file or "
+                "directory."
+            )
         check_fraction(val_fraction)
         for name, value in (
             ("shard_tokens", shard_tokens),
@@ -66,9 +69,12 @@ class Text(Source):
             ("tokenizer_characters", tokenizer_characters),
         ):
             if value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1.")
+                raise ValueError(f"data.source.init_args.{name} is {value}; give at least 1.")
         if document_separator == "":
-            raise ValueError("document_separator is empty; give a string, or null for none.")
+            raise ValueError(
+                "data.source.init_args.document_separator is empty; give a string, or null for "
+                "none."
+            )
         self.paths = [Path(path) for path in paths]
         self.cache_dir = Path(cache_dir)
         self.val_fraction = val_fraction
@@ -80,7 +86,8 @@ class Text(Source):
             shard_tokens=shard_tokens,
             tokenizer_characters=tokenizer_characters,
             threads=workers or os.cpu_count() or 1,
-            more_documents="give more files, set document_separator to cut .txt files up,",
+            more_documents="give more files, set data.source.init_args.document_separator to cut "
+            ".txt files up,",
         )
 
     def prepare(self) -> None:
@@ -109,9 +116,11 @@ class Text(Source):
                     item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file()
                 )
                 if not found:
-                    raise ValueError(f"no .txt or .jsonl file in {path}; check paths.")
+                    raise ValueError(
+                        f"no .txt or .jsonl file in {path}; check data.source.init_args.paths."
+                    )
             elif not path.is_file():
-                raise ValueError(f"{path} does not exist; check paths.")
+                raise ValueError(f"{path} does not exist; check data.source.init_args.paths.")
             elif path.suffix not in SUFFIXES:
                 raise ValueError(f"{path} is neither .txt nor .jsonl; convert it or rename it.")
             else:
@@ -159,7 +168,8 @@ class Text(Source):
         text = record.get(self.jsonl_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise ValueError(
-                f'{place} has no string under the key "{self.jsonl_field}"; set jsonl_field.'
+                f'{place} has no string under the key "{self.jsonl_field}"; set '
+                "data.source.init_args.jsonl_field."
             )
         try:
             text.encode()
@@ -173,4 +183,6 @@ class Text(Source):
 def check_fraction(val_fraction: float) -> None:
     """Raise ValueError unless ``val_fraction`` leaves something on both sides."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; give a number between 0 and 1.")
+        raise ValueError(
+            f"data.source.init_args.val_fraction is {val_fraction}; give a number between 0 and 1."
+        )
