@@ -17,8 +17,6 @@ KERNELS = {
 # Capability of the first NVIDIA generation that has the kernel: 8 Ampere, 9 Hopper.
 FIRST_GENERATION = {"cudnn": 8, "flash": 8, "fa3": 9, "fa4": 9}
 
-# Those that read the last positions by flash; cuDNN's causality is not aligned at the bottom right.
-READ_LAST_BY_FLASH = ("auto", "cudnn", "flash", "fa3", "fa4")
 FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels; it has to be a multiple of 8 as well."""
 
@@ -67,9 +65,10 @@ def prepare_backend(backend: str, device: torch.device) -> None:
 def flash_reads_last(backend: str, head_dim: int, device: torch.device) -> bool:
     """Whether the flash kernel can attend from the last positions to all, in 16 bits.
 
-    torch's operator for it trusts its caller in what is asked here.
+    cuDNN's has no causality aligned at the bottom right. torch's operator for it trusts its caller
+    in what is asked here.
     """
-    if device.type != "cuda" or backend not in READ_LAST_BY_FLASH:
+    if device.type != "cuda" or backend == "math":
         return False
     generation, _ = torch.cuda.get_device_capability(device)
     fits = head_dim % 8 == 0 and head_dim <= FLASH_HEAD_DIM
