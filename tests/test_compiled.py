@@ -1,6 +1,7 @@
 """Any number of models and stacks can be compiled in one process."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_copies_have_a_recompile_limit_each() -> None:
 
 @pytest.mark.parametrize(("limit", "models"), [(1, 2), pytest.param(8, 10, marks=pytest.mark.slow)])
 def test_models_of_more_sizes_than_the_limit_train_are_scored_and_adapt(
-    limit: int, models: int
+    limit: int, models: int, tiny_gpt: GPTConfig
 ) -> None:
     tokens_ST1 = torch.arange(18, dtype=torch.int32).view(2, 9)
     sequences = tokens_ST1[:, :-1].contiguous(), tokens_ST1[:, 1:].long()
@@ -49,15 +50,7 @@ def test_models_of_more_sizes_than_the_limit_train_are_scored_and_adapt(
     before = compiled_graphs()
     with torch._dynamo.config.patch(recompile_limit=limit):
         for hidden in range(1, models + 1):
-            config = GPTConfig(
-                vocab_size=32,
-                num_layers=1,
-                model_dim=8,
-                num_heads=2,
-                num_kv_heads=1,
-                mlp_hidden=hidden,
-            )
-            module = GolfModule(config, compile=True)
+            module = GolfModule(replace(tiny_gpt, mlp_hidden=hidden), compile=True)
             module._trainer = trainer
             ttt = TestTimeTraining("score_first")
             module.setup("fit")
