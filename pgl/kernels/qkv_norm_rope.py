@@ -1,12 +1,14 @@
-"""Queries, keys and values of one product: norm, RoPE, gain and value embedding in one pass.
+"""Queries, keys and values of one product: norm, RoPE and gain in one pass; values stay in place.
 
-Plain twin: ``_queries_and_keys`` and ``_values`` of :class:`pgl.model.attention.Attention`.
+Plain twin: ``_queries_and_keys`` of :class:`pgl.model.attention.Attention`.
 Arithmetic is float32, whatever the tensors are.
-Forward and backward each read and write every number once: at 98,304 tokens, 8 + 2 * 4 heads of 64
-in bfloat16 0.40 GB forward and 0.55 GB backward, 96 and 132 us at the 4.2 TB/s of an H200.
+Forward and backward each read and write every number once, but for the values, which forward does
+not touch: at 98,304 tokens, 8 + 2 * 4 heads of 64 in bfloat16 0.30 GB forward and 0.55 GB backward,
+72 and 132 us at the 4.2 TB/s of an H200.
 
-An item is one head of one row; a program does a block of items of one kind: queries, keys or
-values. Its tile is (items, D), and a dimension's partner in the rotation is R before or behind it.
+An item is one head of one row; a program does a block of items of one kind: queries, keys or, in
+the backward pass, values. Its tile is (items, D), and a dimension's partner in the rotation is R
+before or behind it.
 
 Shapes: N rows (tokens of all sequences), T positions of a sequence, H query heads, K key heads and
 as many value heads, D dimension in the head, R half of the rotated dimensions, C = (H + 2K) * D.
@@ -30,7 +32,8 @@ class Launch(NamedTuple):
 
 
 # The fastest of twelve on an H200 at 98,304 rows of 8 + 2 * 4 heads, of which 16 of 64 dimensions
-# turn: 104 us, where the bytes take 96, and 148 us, where they take 133.
+# turn, with values that forward moved as well: 104 us, where the bytes took 96, and 148 us, where
+# they take 133.
 FORWARD = Launch(items=16, warps=4)
 BACKWARD = Launch(items=8, warps=1)
 
@@ -83,28 +86,18 @@ def _forward_heads(
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, cos_ptr, sin_ptr, gain_ptr, extra_ptr, q_ptr, k_ptr, v_ptr, rows, T, eps,
+    x_ptr, cos_ptr, sin_ptr, gain_ptr, q_ptr, k_ptr, rows, T, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = (H + 2 * K) * D
     block = tl.program_id(0)
     q_blocks = tl.cdiv(rows * H, ITEMS)
-    k_blocks = tl.cdiv(rows * K, ITEMS)
     if block < q_blocks:
         _forward_heads(x_ptr, cos_ptr, sin_ptr, gain_ptr, q_ptr, block, rows, T, eps,
                        0, H, C, D, R, ITEMS)  # fmt: skip
-    elif block < q_blocks + k_blocks:
+    else:
         _forward_heads(x_ptr, cos_ptr, sin_ptr, None, k_ptr, block - q_blocks, rows, T, eps,
                        H, K, C, D, R, ITEMS)  # fmt: skip
-    else:
-        v_block = block - q_blocks - k_blocks
-        _, _, in_x, in_v, mask = _items(v_block, rows, H + K, K, C, D, ITEMS)
-        d = tl.arange(0, D)[None, :]
-        v = tl.load(x_ptr + in_x + d, mask=mask)
-        if extra_ptr is not None:
-            extra = tl.load(extra_ptr + in_v + d, mask=mask)
-            v = (v.to(tl.float32) + extra.to(tl.float32)).to(v.dtype)
-        tl.store(v_ptr + in_v + d, v, mask=mask)
 
 
 @triton.jit
@@ -149,38 +142,20 @@ def _backward_kernel(
         tl.store(dx_ptr + in_x + d, tl.load(dv_ptr + in_v + d, mask=mask), mask=mask)
 
 
-@torch.library.custom_op("pgl::qkv_norm_rope", mutates_args=())
-def qkv_norm_rope(
-    x_NC: Tensor,
-    cos_TR: Tensor,
-    sin_TR: Tensor,
-    gain_H: Tensor,
-    key_heads: int,
-    extra_v_NC: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise, rotate and scale the queries and keys of N = sequences * T rows; add to values.
-
-    Args:
-        x_NC: Query heads, then key heads, then value heads: (N, (H + 2K) * D).
-        cos_TR: float32 cosines, (T, R); T divides N, and D is a power of two.
-        sin_TR: float32 sines.
-        gain_H: Gain of each query head.
-        key_heads: K.
-        extra_v_NC: Value embedding, (N, K * D) in the dtype of ``x_NC``; None adds nothing.
-
-    Returns:
-        Queries (N, H, D), keys (N, K, D) and values (N, K, D) in the dtype of ``x_NC``.
-    """
+@torch.library.custom_op("pgl::qk_norm_rope", mutates_args=())
+def qk_norm_rope(
+    x_NC: Tensor, cos_TR: Tensor, sin_TR: Tensor, gain_H: Tensor, key_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Return the queries and keys of :func:`qkv_norm_rope`."""
     heads, dim = _sizes(x_NC, gain_H, key_heads)
-    q_NHD, k_NKD, v_NKD = _outputs(x_NC, gain_H, key_heads)
-    _forward_kernel[_grid(x_NC.size(0), heads, key_heads, FORWARD)](
+    q_NHD, k_NKD = _outputs(x_NC, gain_H, key_heads)
+    _forward_kernel[(sum(_blocks(x_NC.size(0), (heads, key_heads), FORWARD)),)](
         x_NC.contiguous(), cos_TR.contiguous(), sin_TR.contiguous(), gain_H.contiguous(),
-        None if extra_v_NC is None else extra_v_NC.contiguous(),
-        q_NHD, k_NKD, v_NKD, x_NC.size(0), cos_TR.size(0), EPSILON,
+        q_NHD, k_NKD, x_NC.size(0), cos_TR.size(0), EPSILON,
         H=heads, K=key_heads, D=dim, R=cos_TR.size(1),
         ITEMS=FORWARD.items, num_warps=FORWARD.warps,
     )  # fmt: skip
-    return q_NHD, k_NKD, v_NKD
+    return q_NHD, k_NKD
 
 
 @torch.library.custom_op("pgl::qkv_norm_rope_backward", mutates_args=())
@@ -198,7 +173,8 @@ def qkv_norm_rope_backward(
     heads, dim = _sizes(x_NC, gain_H, key_heads)
     dx_NC = x_NC.new_empty(x_NC.shape)
     dgain_NH = x_NC.new_empty(rows, heads, dtype=torch.float32)
-    _backward_kernel[_grid(rows, heads, key_heads, BACKWARD)](
+    blocks = _blocks(rows, (heads, key_heads, key_heads), BACKWARD)
+    _backward_kernel[(sum(blocks),)](
         dq_NHD.contiguous(), dk_NKD.contiguous(), dv_NKD.contiguous(), x_NC.contiguous(),
         cos_TR.contiguous(), sin_TR.contiguous(), gain_H.contiguous(), dx_NC, dgain_NH,
         rows, cos_TR.size(0), EPSILON,
@@ -208,15 +184,10 @@ def qkv_norm_rope_backward(
     return dx_NC, dgain_NH.sum(0)
 
 
-@qkv_norm_rope.register_fake
+@qk_norm_rope.register_fake
 def _(
-    x_NC: Tensor,
-    cos_TR: Tensor,
-    sin_TR: Tensor,
-    gain_H: Tensor,
-    key_heads: int,
-    extra_v_NC: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_NC: Tensor, cos_TR: Tensor, sin_TR: Tensor, gain_H: Tensor, key_heads: int
+) -> tuple[Tensor, Tensor]:
     return _outputs(x_NC, gain_H, key_heads)
 
 
@@ -233,22 +204,51 @@ def _(
     return x_NC.new_empty(x_NC.shape), gain_H.new_empty(gain_H.shape, dtype=torch.float32)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, _, extra_v_NC = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.has_extra = extra_v_NC is not None
+class _QKVNormRope(torch.autograd.Function):
+    # Not the operator's own gradient: an operator may not return a view of what it is given, and
+    # slicing the values outside would add a gradient of zeros to that of queries and keys.
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x_NC: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        gain_H: Tensor,
+        key_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x_NC, cos_TR, sin_TR, gain_H)
+        q_NHD, k_NKD = qk_norm_rope(x_NC, cos_TR, sin_TR, gain_H, key_heads)
+        dim = k_NKD.size(-1)
+        return q_NHD, k_NKD, x_NC[:, -key_heads * dim :].unflatten(1, (key_heads, dim))
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, dq_NHD: Tensor, dk_NKD: Tensor, dv_NKD: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x_NC, cos_TR, sin_TR, gain_H = ctx.saved_tensors
+        dx_NC, dgain_H = qkv_norm_rope_backward(
+            dq_NHD, dk_NKD, dv_NKD, x_NC, cos_TR, sin_TR, gain_H
+        )
+        return dx_NC, None, None, dgain_H.to(gain_H.dtype), None
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, dq_NHD: Tensor, dk_NKD: Tensor, dv_NKD: Tensor
-) -> tuple[Tensor | None, ...]:
-    x_NC, cos_TR, sin_TR, gain_H = ctx.saved_tensors
-    dx_NC, dgain_H = qkv_norm_rope_backward(dq_NHD, dk_NKD, dv_NKD, x_NC, cos_TR, sin_TR, gain_H)
-    dextra_NC = dv_NKD.flatten(1) if ctx.has_extra else None
-    return dx_NC, None, None, dgain_H.to(gain_H.dtype), None, dextra_NC
+def qkv_norm_rope(
+    x_NC: Tensor, cos_TR: Tensor, sin_TR: Tensor, gain_H: Tensor, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise, rotate and scale the queries and keys of N = sequences * T rows.
 
+    Args:
+        x_NC: Query heads, then key heads, then value heads: (N, (H + 2K) * D).
+        cos_TR: float32 cosines, (T, R); T divides N, and D is a power of two.
+        sin_TR: float32 sines.
+        gain_H: Gain of each query head.
+        key_heads: K.
 
-qkv_norm_rope.register_autograd(_backward, setup_context=_save)
+    Returns:
+        Queries (N, H, D) and keys (N, K, D) in the dtype of ``x_NC``, and the values (N, K, D), a
+        view of it.
+    """
+    return _QKVNormRope.apply(x_NC, cos_TR, sin_TR, gain_H, key_heads)
 
 
 def _sizes(x_NC: Tensor, gain_H: Tensor, key_heads: int) -> tuple[int, int]:
@@ -256,14 +256,11 @@ def _sizes(x_NC: Tensor, gain_H: Tensor, key_heads: int) -> tuple[int, int]:
     return heads, x_NC.size(1) // (heads + 2 * key_heads)
 
 
-def _outputs(x_NC: Tensor, gain_H: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x_NC: Tensor, gain_H: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
     heads, dim = _sizes(x_NC, gain_H, key_heads)
-    q_NHD, k_NKD, v_NKD = (
-        x_NC.new_empty(x_NC.size(0), count, dim) for count in (heads, key_heads, key_heads)
-    )
-    return q_NHD, k_NKD, v_NKD
+    rows = x_NC.size(0)
+    return x_NC.new_empty(rows, heads, dim), x_NC.new_empty(rows, key_heads, dim)
 
 
-def _grid(rows: int, heads: int, key_heads: int, launch: Launch) -> tuple[int]:
-    q_blocks, k_blocks = (triton.cdiv(rows * count, launch.items) for count in (heads, key_heads))
-    return (q_blocks + 2 * k_blocks,)
+def _blocks(rows: int, heads: tuple[int, ...], launch: Launch) -> list[int]:
+    return [triton.cdiv(rows * count, launch.items) for count in heads]

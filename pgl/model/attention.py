@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgl import kernels
 from pgl.model.backends import attention_kernel
 from pgl.model.config import GPTConfig
 from pgl.model.linear import CastedLinear
@@ -38,10 +39,19 @@ def attend(
     Returns:
         Shaped as the queries, (B, T, H, D). Heads are moved by strides, never copied.
     """
+    in_16_bits = q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if backend == "fa4" and q_BTHD.size(1) == k_BTKD.size(1):
+        if mask_B1TT is not None or not in_16_bits:
+            raise ValueError(
+                f"model.gpt.attention_backend fa4 takes no document mask and no {q_BTHD.dtype}: "
+                f"set model.gpt.document_mask to false and trainer.precision to bf16-mixed, or use "
+                f"auto"
+            )
+        return torch.ops.pgl.flash_attention_4(q_BTHD, k_BTKD, v_BTKD)[0]
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
         # SDPA's is_causal lets the first query read the first key only.
-        if flash_last and q_BHTD.dtype in (torch.bfloat16, torch.float16):
+        if flash_last and in_16_bits:
             return _flash_lower_right(q_BHTD, k_BKTD, v_BKTD).transpose(1, 2)
         mask_B1TT = lower_right_mask(q_BHTD.size(2), k_BKTD.size(2), q_BHTD.device)
         if backend != "math":
@@ -172,10 +182,12 @@ class Attention(nn.Module):
             The output (B, last or T, E) and this layer's values (B, T, K, D).
         """
         if self._fuses(last):
-            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary, value_embedding_BTC)
+            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary)
         else:
             q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
-            v_BTKD = self._values(x_BTE, value_embedding_BTC)
+            v_BTKD = self.c_v(x_BTE).unflatten(-1, (-1, self.head_dim))
+        if value_embedding_BTC is not None:
+            v_BTKD = v_BTKD + value_embedding_BTC.view_as(v_BTKD)
         if self.value_mix is not None:
             mix_2 = self.value_mix.to(v_BTKD.dtype)
             v_BTKD = mix_2[0] * first_v_BTKD + mix_2[1] * v_BTKD
@@ -207,25 +219,16 @@ class Attention(nn.Module):
             q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
         return q_BTHD, k_BTKD
 
-    def _values(self, x_BTE: Tensor, value_embedding_BTC: Tensor | None) -> Tensor:
-        v_BTC = self.c_v(x_BTE)
-        if value_embedding_BTC is not None:
-            v_BTC = v_BTC + value_embedding_BTC
-        return v_BTC.unflatten(-1, (-1, self.head_dim))
-
     def _fuses(self, last: int | None) -> bool:
         has_all_parts = self.qk_norm and self.q_gain is not None and last is None
         power_of_two = self.head_dim & (self.head_dim - 1) == 0
         return self.kernels and has_all_parts and power_of_two and torch.compiler.is_compiling()
 
-    def _fused(
-        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], value_embedding_BTC: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _fused(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         # One product for queries, keys and values, and one pass over what it yields.
         layers = (self.c_q, self.c_k, self.c_v)
         weights = [layer.compute_weight(x_BTE.dtype) for layer in layers]
         qkv_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)
         kv_heads = self.c_k.out_features // self.head_dim
-        extra_v_NC = None if value_embedding_BTC is None else value_embedding_BTC.flatten(0, 1)
-        parts = torch.ops.pgl.qkv_norm_rope(qkv_NC, *rotary, self.q_gain, kv_heads, extra_v_NC)
+        parts = kernels.qkv_norm_rope.qkv_norm_rope(qkv_NC, *rotary, self.q_gain, kv_heads)
         return tuple(x_NHD.unflatten(0, x_BTE.shape[:2]) for x_NHD in parts)

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pgl.model import flash_attention_4
+
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
     "fa3": SDPBackend.FLASH_ATTENTION,
-    "fa4": SDPBackend.FLASH_ATTENTION,
 }
+"""Kernels of ``scaled_dot_product_attention``; fa4 is an operator of its own."""
 
 # Capability of the first NVIDIA generation that has the kernel: 8 Ampere, 9 Hopper.
 FIRST_GENERATION = {"cudnn": 8, "flash": 8, "fa3": 9, "fa4": 9}
@@ -23,16 +25,16 @@ FLASH_HEAD_DIM = 256
 
 def attention_kernel(backend: str) -> AbstractContextManager:
     """Context in which ``scaled_dot_product_attention`` runs on ``backend`` or raises."""
-    if backend in ("fa3", "fa4") and nn.attention.current_flash_attention_impl() != backend.upper():
-        raise RuntimeError(f"{backend} is not active: call GPT.prepare before compiling")
+    if backend == "fa3" and nn.attention.current_flash_attention_impl() != "FA3":
+        raise RuntimeError("fa3 is not active: call GPT.prepare before compiling")
     return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend])
 
 
 def prepare_backend(backend: str, device: torch.device) -> None:
-    """Make sure that ``backend`` can run on ``device``; put FlashAttention-3 or -4 in place.
+    """Make sure that ``backend`` can run on ``device``; put FlashAttention-3 in place.
 
-    FlashAttention-3 and -4 replace the flash kernel of the whole process, through torch's own
-    switch ``torch.nn.attention.activate_flash_attention_impl``; "flash" puts torch's back.
+    FlashAttention-3 replaces the flash kernel of the whole process, through torch's own switch
+    ``torch.nn.attention.activate_flash_attention_impl``; "flash" puts torch's back.
 
     Raises:
         ValueError: If the device, this torch build or a missing package rules the backend out.
@@ -58,8 +60,10 @@ def prepare_backend(backend: str, device: torch.device) -> None:
         raise ValueError(
             "model.gpt.attention_backend flash is missing in this torch build; use auto"
         )
-    if backend != "cudnn":
-        _select_flash_implementation(None if backend == "flash" else backend.upper())
+    if backend == "fa4":
+        _load_flash_attention_4()
+    elif backend != "cudnn":
+        _select_flash_implementation(None if backend == "flash" else "FA3")
 
 
 def flash_reads_last(backend: str, head_dim: int, device: torch.device) -> bool:
@@ -76,14 +80,22 @@ def flash_reads_last(backend: str, head_dim: int, device: torch.device) -> bool:
     return fits and built and generation >= FIRST_GENERATION["flash"]
 
 
+def _load_flash_attention_4() -> None:
+    try:
+        flash_attention_4.load()
+    except ImportError as error:
+        raise ValueError(
+            f"model.gpt.attention_backend fa4 could not be loaded ({error}); install flash-attn-4 "
+            f"or use cudnn"
+        ) from error
+
+
 def _select_flash_implementation(name: str | None) -> None:
     switch = nn.attention
     if not hasattr(switch, "activate_flash_attention_impl"):
         if name is None:
             return
-        raise ValueError(
-            f"model.gpt.attention_backend {name.lower()} needs torch 2.11 or newer; use auto"
-        )
+        raise ValueError("model.gpt.attention_backend fa3 needs torch 2.11 or newer; use auto")
     if switch.current_flash_attention_impl() == name:
         return
     if name is None:
@@ -93,6 +105,6 @@ def _select_flash_implementation(name: str | None) -> None:
         switch.activate_flash_attention_impl(name)
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"model.gpt.attention_backend {name.lower()} could not be activated ({error}); install "
-            f"FlashAttention-{name[-1]} or use auto"
+            f"model.gpt.attention_backend fa3 could not be activated ({error}); install "
+            f"FlashAttention-3 or use auto"
         ) from error

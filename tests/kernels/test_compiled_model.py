@@ -1,6 +1,6 @@
 """A compiled model whose blocks use the kernels, against the plain model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from pgl.model.mlp import MLP
 
 # On a GPU the MLP's kernel takes whole tiles of 16-bit tensors only; the interpreter is slow.
 ON_GPU = torch.cuda.is_available()
-HIDDEN, LENGTH = (256, 64) if ON_GPU else (32, 8)
+HIDDEN, LENGTH = (256, 64) if ON_GPU else (64, 8)
 # Of losses and of gradients, in bfloat16 and in float32.
 TOLERANCE, GRADIENT_TOLERANCE = (5e-2, 5e-2) if ON_GPU else (1e-4, 1e-3)
 CONFIG = GPTConfig(
@@ -42,7 +42,7 @@ def use_kernels(
     if not ON_GPU:
         from pgl.kernels import squared_mlp
 
-        tiles = squared_mlp.Tiles(n=16, f=16, e=16, warps=4, stages=2, programs=2)
+        tiles = squared_mlp.Tiles(n=16, f=64, e=16, parts=1, warps=4, stages=2, programs=2)
         monkeypatch.setattr(squared_mlp, "FORWARD_TILES", tiles)
         monkeypatch.setattr(squared_mlp, "BACKWARD_TILES", tiles)
         monkeypatch.setattr(kernels, "available", lambda device: True)
@@ -69,19 +69,24 @@ def test_losses_and_gradients_are_those_of_the_plain_model(use_kernels: torch.de
     gpt = randomized(use_kernels)
     ids_BT = torch.randint(1024, (2, LENGTH), device=use_kernels)
     targets_BT = ids_BT.roll(-1, 1)
-    plain_BT = gpt.token_losses(ids_BT, targets_BT)
-    plain_BT.mean().backward()
-    expected = {name: parameter.grad for name, parameter in gpt.named_parameters()}
-    gpt.zero_grad(set_to_none=True)
 
+    def run(token_losses: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        gpt.zero_grad(set_to_none=True)
+        losses_BT = token_losses(ids_BT, targets_BT)
+        losses_BT.mean().backward()
+        return losses_BT.detach(), {name: p.grad for name, p in gpt.named_parameters()}
+
+    plain_BT, plain = run(gpt.token_losses)
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
-    fused_BT = compiled(ids_BT, targets_BT)
-    fused_BT.mean().backward()
+    fused_BT, fused = run(compiled)
     torch.testing.assert_close(fused_BT, plain_BT, rtol=TOLERANCE, atol=TOLERANCE)
-    for name, parameter in gpt.named_parameters():
-        scale = float(expected[name].abs().max()) + 1e-8
-        difference = float((parameter.grad - expected[name]).abs().max())
-        assert difference < GRADIENT_TOLERANCE * scale, name
+    with torch.autocast(use_kernels.type, enabled=False):
+        exact = run(gpt.token_losses)[1]
+    for name, wanted in exact.items():
+        # In 16 bits the plain model is off as well, and for some gains by more than the tolerance.
+        rounding = float((plain[name] - wanted).abs().max())
+        allowed = GRADIENT_TOLERANCE * (float(wanted.abs().max()) + 1e-8) + rounding
+        assert float((fused[name] - wanted).abs().max()) < allowed, name
 
 
 def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None:
@@ -97,7 +102,7 @@ def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None
     with torch.no_grad():
         torch.compile(gpt.token_losses, backend=keep, fullgraph=True)(ids_BT, ids_BT)
     names = {call.split(".")[1] for call in calls_of(graphs)}
-    assert names == {"qkv_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
+    assert names == {"qk_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
 
 
 def test_kernels_off_leaves_them_out(

@@ -12,20 +12,20 @@ def small_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     from pgl.kernels import squared_mlp
 
     if kernel_device.type == "cpu":  # the interpreter is slow
-        tiles = squared_mlp.Tiles(n=16, f=16, e=16, warps=4, stages=2, programs=2)
+        tiles = squared_mlp.Tiles(n=16, f=128, e=16, parts=2, warps=4, stages=2, programs=2)
         monkeypatch.setattr(squared_mlp, "FORWARD_TILES", tiles)
         monkeypatch.setattr(squared_mlp, "BACKWARD_TILES", tiles)
     return kernel_device
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5])
+@pytest.mark.parametrize("slope", [0.0, 0.5, 2.0])
 def test_equals_the_plain_operations_forward_and_backward(
     small_tiles: torch.device, slope: float
 ) -> None:
     from pgl.kernels.squared_mlp import squared_mlp
 
     on_gpu = small_tiles.type == "cuda"
-    rows, dim, hidden = (256, 64, 512) if on_gpu else (32, 32, 48)
+    rows, dim, hidden = (256, 64, 512) if on_gpu else (32, 32, 256)
     dtype, tolerance = (torch.bfloat16, 2e-2) if on_gpu else (torch.float32, 1e-5)
     torch.manual_seed(0)
     x_NE, fc_FE, proj_EF = (
@@ -45,12 +45,31 @@ def test_equals_the_plain_operations_forward_and_backward(
         assert _relative(gradient, expected) < tolerance
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_of_the_hidden_values_only_signs_are_kept(small_tiles: torch.device, slope: float) -> None:
+    from pgl.kernels.squared_mlp import squared_mlp
+
+    dtype = torch.bfloat16 if small_tiles.type == "cuda" else torch.float32
+    x_NE, fc_FE = (torch.randn(n, 64, device=small_tiles).to(dtype) for n in (128, 256))
+    _, a_NF, signs = squared_mlp(x_NE, fc_FE, fc_FE.T.contiguous(), slope)
+    assert a_NF.shape == (128, 256)
+    if slope == 0:
+        assert signs.numel() == 0
+        return
+    # Bit b of number c of group g is the sign of column 64 g + 8 b + c.
+    bits = signs[:, :, None, :] >> torch.arange(8, device=small_tiles)[:, None] & 1
+    below_NF = bits.permute(1, 0, 2, 3).reshape(128, 256).bool()
+    assert torch.equal(below_NF, x_NE.float() @ fc_FE.float().T < 0)
+
+
 def test_only_shapes_that_come_out_even_are_taken() -> None:
     assert squared_mlp_fits(256, 512, 1536, torch.bfloat16)
     assert not squared_mlp_fits(200, 512, 1536, torch.bfloat16)
     assert not squared_mlp_fits(256, 500, 1536, torch.bfloat16)
-    assert not squared_mlp_fits(256, 512, 1500, torch.bfloat16)
-    assert not squared_mlp_fits(256, 512, 1536, torch.float32)
+    assert squared_mlp_fits(256, 512, 1920, torch.bfloat16)
+    assert not squared_mlp_fits(256, 512, 1600, torch.bfloat16)
+    for dtype in (torch.float32, torch.float16):
+        assert not squared_mlp_fits(256, 512, 1536, dtype)
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
