@@ -239,7 +239,7 @@ class GPT(nn.Module):
     def prepare(self, device: torch.device) -> None:
         """Choose the kernels for ``device``; call it before compiling.
 
-        Checks, and for fa3 and fa4 activates, ``attention_backend``, and lets the blocks use the
+        Checks, and for fa3 activates, ``attention_backend``, and lets the blocks use the
         Triton kernels of :mod:`pgl.kernels` where they can run. Without torch.compile each forward
         pass calls it.
 
