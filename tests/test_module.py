@@ -1,5 +1,6 @@
 """The LightningModule: its loss, weights on loan, checkpoints of other formats and layouts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,15 @@ def test_batch_progress_follows_the_accumulation_of_this_run(tiny_gpt, accumulat
         "completed": done - in_hook,
     }
     assert progress == {"total": expected, "current": expected}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_flash_attention_4_needs_16_bits(golf_run, tiny_gpt, precision):
+    module = GolfModule(replace(tiny_gpt, attention_backend="fa4"))
+    run = golf_run(fit=False, module=module, precision=precision)
+    for command in (run.trainer.fit, run.trainer.validate):
+        with pytest.raises(ValueError, match=rf"fa4 computes in 16 bits.* {precision}: set it to"):
+            command(run.module, datamodule=run.data)
 
 
 def test_float64_weights_are_scored_but_not_trained(golf_run):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from pgl import kernels
 from pgl.model.backends import attention_kernel
 from pgl.model.config import GPTConfig
+from pgl.model.flash_attention_4 import flash_attention_4
 from pgl.model.linear import CastedLinear
 from pgl.model.norm import rms_norm
 from pgl.model.rotary import apply_rotary
@@ -39,19 +40,14 @@ def attend(
     Returns:
         Shaped as the queries, (B, T, H, D). Heads are moved by strides, never copied.
     """
-    in_16_bits = q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if backend == "fa4" and q_BTHD.size(1) == k_BTKD.size(1):
-        if mask_B1TT is not None or not in_16_bits:
-            raise ValueError(
-                f"model.gpt.attention_backend fa4 takes no document mask and no {q_BTHD.dtype}: "
-                f"set model.gpt.document_mask to false and trainer.precision to bf16-mixed, or use "
-                f"auto"
-            )
-        return torch.ops.pgl.flash_attention_4(q_BTHD, k_BTKD, v_BTKD)[0]
+    if backend == "fa4":
+        assert mask_B1TT is None  # see GPTConfig
+        if q_BTHD.size(1) == k_BTKD.size(1):
+            return flash_attention_4(q_BTHD, k_BTKD, v_BTKD)[0]
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
         # SDPA's is_causal lets the first query read the first key only.
-        if flash_last and in_16_bits:
+        if flash_last and q_BHTD.dtype in (torch.bfloat16, torch.float16):
             return _flash_lower_right(q_BHTD, k_BKTD, v_BKTD).transpose(1, 2)
         mask_B1TT = lower_right_mask(q_BHTD.size(2), k_BKTD.size(2), q_BHTD.device)
         if backend != "math":
@@ -225,7 +221,8 @@ class Attention(nn.Module):
         return self.kernels and has_all_parts and power_of_two and torch.compiler.is_compiling()
 
     def _fused(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        # One product for queries, keys and values, and one pass over what it yields.
+        # One product for queries, keys and values, and one pass over what it yields, by a module
+        # that GPT.prepare has loaded.
         layers = (self.c_q, self.c_k, self.c_v)
         weights = [layer.compute_weight(x_BTE.dtype) for layer in layers]
         qkv_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)

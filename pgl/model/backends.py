@@ -85,8 +85,8 @@ def _load_flash_attention_4() -> None:
         flash_attention_4.load()
     except ImportError as error:
         raise ValueError(
-            f"model.gpt.attention_backend fa4 could not be loaded ({error}); install flash-attn-4 "
-            f"or use cudnn"
+            f"model.gpt.attention_backend fa4 could not be loaded ({error}): pip install -e "
+            f"'.[fa4]', or use cudnn"
         ) from error
 
 

@@ -58,6 +58,7 @@ def flash_attention_4_backward(
     dq_BTHD, dk_BTKD, dv_BTKD = (x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
     load()._flash_attn_bwd(
         q_BTHD, k_BTKD, v_BTKD, y_BTHD, dy_BTHD, sums_BHT, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         dq=dq_BTHD, dk=dk_BTKD, dv=dv_BTKD,
     )  # fmt: skip
     return dq_BTHD, dk_BTKD, dv_BTKD

@@ -18,7 +18,7 @@ def small_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     return kernel_device
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("slope", [0.0, 0.5, 2.0, -0.5])
 def test_equals_the_plain_operations_forward_and_backward(
     small_tiles: torch.device, slope: float
 ) -> None:
@@ -49,6 +49,7 @@ def test_equals_the_plain_operations_forward_and_backward(
 def test_of_the_hidden_values_only_signs_are_kept(small_tiles: torch.device, slope: float) -> None:
     from pgl.kernels.squared_mlp import squared_mlp
 
+    torch.manual_seed(0)
     dtype = torch.bfloat16 if small_tiles.type == "cuda" else torch.float32
     x_NE, fc_FE = (torch.randn(n, 64, device=small_tiles).to(dtype) for n in (128, 256))
     _, a_NF, signs = squared_mlp(x_NE, fc_FE, fc_FE.T.contiguous(), slope)
@@ -60,6 +61,18 @@ def test_of_the_hidden_values_only_signs_are_kept(small_tiles: torch.device, slo
     bits = signs[:, :, None, :] >> torch.arange(8, device=small_tiles)[:, None] & 1
     below_NF = bits.permute(1, 0, 2, 3).reshape(128, 256).bool()
     assert torch.equal(below_NF, x_NE.float() @ fc_FE.float().T < 0)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_the_operators_are_well_formed(small_tiles: torch.device, slope: float) -> None:
+    from pgl.kernels.squared_mlp import activated_product_backward, squared_mlp
+
+    dtype = torch.bfloat16 if small_tiles.type == "cuda" else torch.float32
+    x_NE, fc_FE = (torch.randn(n, 64, device=small_tiles).to(dtype) for n in (128, 256))
+    proj_EF = fc_FE.T.contiguous()
+    torch.library.opcheck(squared_mlp, (x_NE, fc_FE, proj_EF, slope))
+    _, a_NF, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope)
+    torch.library.opcheck(activated_product_backward, (x_NE, proj_EF, a_NF, signs, slope))
 
 
 def test_only_shapes_that_come_out_even_are_taken() -> None:

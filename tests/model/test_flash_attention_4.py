@@ -45,11 +45,13 @@ class StandIn(ModuleType):
         lse: torch.Tensor,
         *,
         causal: bool,
+        deterministic: bool,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
     ) -> None:
         assert causal
+        assert deterministic is torch.are_deterministic_algorithms_enabled()
         assert lse.shape == (q.size(0), q.size(2), q.size(1))
         for place, gradient in zip((dq, dk, dv), gradients(q, k, v, dout), strict=True):
             place.copy_(gradient)
@@ -112,12 +114,11 @@ def test_attention_goes_through_it_with_gradients_also_when_compiled() -> None:
 
 
 @pytest.mark.usefixtures("package")
-def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"fa4 takes no document mask and no torch.float32"):
-        attend(*tensors(torch.float32), backend="fa4")
-    mask_B1TT = torch.ones(SEQUENCES, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="fa4 takes no document mask"):
-        attend(*tensors(torch.bfloat16), mask_B1TT, backend="fa4")
+def test_the_last_positions_are_read_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in tensors(torch.bfloat16))
+    expected = attend(q, k, v, backend="fa4")[:, -2:]
+    monkeypatch.setattr(StandIn, "_flash_attn_fwd", None)
+    torch.testing.assert_close(attend(q[:, -2:], k, v, backend="fa4"), expected)
 
 
 @pytest.mark.gpu
