@@ -112,13 +112,12 @@ class GolfModule(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Called on every process: take the data's byte table and compile."""
-        precision = str(self.trainer.precision)
-        if self.gpt_config.attention_backend == "fa4" and "16" not in precision:
+        if self.gpt_config.attention_backend == "fa4" and "16" not in self.trainer.precision:
             raise ValueError(
                 f"model.gpt.attention_backend fa4 computes in 16 bits, but trainer.precision is "
-                f"{precision}: set it to bf16-mixed, or the backend to auto"
+                f"{self.trainer.precision}: set it to bf16-mixed, or the backend to auto"
             )
-        if stage == "fit" and precision == "64-true":
+        if stage == "fit" and self.trainer.precision == "64-true":
             raise ValueError(
                 "trainer.precision 64-true would train float64 weights, which no artifact can "
                 "store: set it to 32-true or bf16-mixed"
