@@ -55,7 +55,7 @@ def flash_attention_4_backward(
     sums_BHT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values."""
-    dq_BTHD, dk_BTKD, dv_BTKD = (x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
+    dq_BTHD, dk_BTKD, dv_BTKD = _like(q_BTHD, k_BTKD, v_BTKD)
     load()._flash_attn_bwd(
         q_BTHD, k_BTKD, v_BTKD, y_BTHD, dy_BTHD, sums_BHT, causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -65,15 +65,13 @@ def flash_attention_4_backward(
 
 
 @flash_attention_4_backward.register_fake
-def _(
-    dy_BTHD: Tensor,
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    y_BTHD: Tensor,
-    sums_BHT: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
+def _(dy_BTHD: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return _like(*inputs[:3])
+
+
+def _like(*inputs: Tensor) -> tuple[Tensor, ...]:
+    # Dense, also where the inputs are views.
+    return tuple(x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:

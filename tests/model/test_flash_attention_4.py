@@ -1,6 +1,7 @@
 """The operator around FlashAttention-4: with a stand-in for its package, and on a GPU with it."""
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -95,7 +96,14 @@ def test_the_operator_is_well_formed() -> None:
     torch.library.opcheck(flash_attention_4.flash_attention_4, (q, k, v))
 
 
-@pytest.mark.usefixtures("package")
+@pytest.fixture(params=[False, True])
+def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("package", "deterministic")
 def test_attention_goes_through_it_with_gradients_also_when_compiled() -> None:
     inputs = tensors(torch.bfloat16)
     upstream = torch.randn_like(inputs[0])
