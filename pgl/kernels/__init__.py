@@ -24,7 +24,7 @@ def available(device: torch.device) -> bool:
 
 def load() -> None:
     """Register the kernels as operators ``torch.ops.pgl.*``, which torch.compile can trace."""
-    for name in ("qkv_norm_rope", "residual_norm", "squared_mlp"):
+    for name in ("exclusive_attention", "qkv_norm_rope", "residual_norm", "squared_mlp"):
         import_module(f"pgl.kernels.{name}")
 
 

@@ -177,7 +177,7 @@ class Attention(nn.Module):
         Returns:
             The output (B, last or T, E) and this layer's values (B, T, K, D).
         """
-        if self._fuses(last):
+        if self._uses_kernels(last) and self.qk_norm and self.q_gain is not None:
             q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary)
         else:
             q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
@@ -193,7 +193,10 @@ class Attention(nn.Module):
             mask_B1TT = None if mask_B1TT is None else mask_B1TT[:, :, -last:]
 
         y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend, self.flash_last)
-        if self.exclusive:
+        if self.exclusive and self._uses_kernels(last):
+            rows = (x.flatten(0, 1) for x in (y_BTHD, v_BTKD))
+            y_BTHD = torch.ops.pgl.exclusive_attention(*rows).view_as(y_BTHD)
+        elif self.exclusive:
             y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:
             y_BTHD = self.gate(x_BTE[:, -y_BTHD.size(1) :]) * y_BTHD
@@ -215,10 +218,9 @@ class Attention(nn.Module):
             q_BTHD = q_BTHD * self.q_gain.to(q_BTHD.dtype).unsqueeze(-1)
         return q_BTHD, k_BTKD
 
-    def _fuses(self, last: int | None) -> bool:
-        has_all_parts = self.qk_norm and self.q_gain is not None and last is None
+    def _uses_kernels(self, last: int | None) -> bool:
         power_of_two = self.head_dim & (self.head_dim - 1) == 0
-        return self.kernels and has_all_parts and power_of_two and torch.compiler.is_compiling()
+        return self.kernels and last is None and power_of_two and torch.compiler.is_compiling()
 
     def _fused(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         # One product for queries, keys and values, and one pass over what it yields, by a module

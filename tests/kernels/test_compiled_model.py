@@ -102,7 +102,13 @@ def test_the_compiled_graph_calls_the_kernels(use_kernels: torch.device) -> None
     with torch.no_grad():
         torch.compile(gpt.token_losses, backend=keep, fullgraph=True)(ids_BT, ids_BT)
     names = {call.split(".")[1] for call in calls_of(graphs)}
-    assert names == {"qk_norm_rope", "mix_norm", "residual_norm", "squared_mlp"}
+    assert names == {
+        "exclusive_attention",
+        "qk_norm_rope",
+        "mix_norm",
+        "residual_norm",
+        "squared_mlp",
+    }
 
 
 def test_kernels_off_leaves_them_out(
