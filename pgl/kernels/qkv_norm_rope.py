@@ -10,8 +10,13 @@ An item is one head of one row; a program does a block of items of one kind: que
 the backward pass, values. Its tile is (items, D), and a dimension's partner in the rotation is R
 before or behind it.
 
+Keys and values may go out in G copies, which take no memory: then each has a gradient of its own,
+and the backward kernel adds them up. That is for an attention kernel that reads a key/value head
+once for each of its query heads and need not add gradients of several heads itself.
+
 Shapes: N rows (tokens of all sequences), T positions of a sequence, H query heads, K key heads and
-as many value heads, D dimension in the head, R half of the rotated dimensions, C = (H + 2K) * D.
+as many value heads, G copies, D dimension in the head, R half of the rotated dimensions,
+C = (H + 2K) * D.
 """
 
 from typing import NamedTuple
@@ -49,15 +54,23 @@ def _items(block, rows, FIRST: tl.constexpr, HEADS: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
-def _load_rotated(ptr, position, mask, cos_ptr, sin_ptr,
-                  D: tl.constexpr, R: tl.constexpr, SIGN: tl.constexpr):  # fmt: skip
+def _load_sum(ptr, mask, D: tl.constexpr, COPIES: tl.constexpr):
+    total = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, COPIES):
+        total += tl.load(ptr + copy * D, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _load_rotated(ptr, position, mask, cos_ptr, sin_ptr, D: tl.constexpr, R: tl.constexpr,
+                  SIGN: tl.constexpr, COPIES: tl.constexpr = 1):  # fmt: skip
     # (a, b) -> (a cos + b sin, b cos - a sin); the transpose, which goes backward, for SIGN -1.
     d = tl.arange(0, D)[None, :]
     turning = mask & (d < 2 * R)
     partner = tl.where(d < R, d + R, d - R)
     angle = (position * R)[:, None] + d % R
-    x = tl.load(ptr + d, mask=mask).to(tl.float32)
-    other = tl.load(ptr + partner, mask=turning, other=0.0).to(tl.float32)
+    x = _load_sum(ptr + d, mask, D, COPIES)
+    other = _load_sum(ptr + partner, turning, D, COPIES)
     cos = tl.load(cos_ptr + angle, mask=turning, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=turning, other=0.0)
     return x * cos + tl.where(d < R, SIGN, -SIGN) * sin * other
@@ -102,13 +115,14 @@ def _forward_kernel(
 @triton.jit
 def _backward_heads(
     dy_ptr, x_ptr, cos_ptr, sin_ptr, gain_ptr, dx_ptr, dgain_ptr, block, rows, T, eps,
-    FIRST: tl.constexpr, HEADS: tl.constexpr,
+    FIRST: tl.constexpr, HEADS: tl.constexpr, COPIES: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     row, head, in_x, in_y, mask = _items(block, rows, FIRST, HEADS, C, D, ITEMS)
     d = tl.arange(0, D)[None, :]
     x = tl.load(x_ptr + in_x + d, mask=mask).to(tl.float32)
-    turned = _load_rotated(dy_ptr + in_y, row % T, mask, cos_ptr, sin_ptr, D, R, -1.0)
+    turned = _load_rotated(dy_ptr + in_y * COPIES, row % T, mask, cos_ptr, sin_ptr, D, R, -1.0,
+                           COPIES)  # fmt: skip
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     normed = x * scale[:, None]
     # A rotation keeps inner products: the gain's gradient needs no rotated value.
@@ -122,7 +136,8 @@ def _backward_heads(
 @triton.jit
 def _backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, x_ptr, cos_ptr, sin_ptr, gain_ptr, dx_ptr, dgain_ptr, rows, T, eps,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ITEMS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, KEY_COPIES: tl.constexpr, VALUE_COPIES: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = (H + 2 * K) * D
     block = tl.program_id(0)
@@ -130,15 +145,16 @@ def _backward_kernel(
     k_blocks = tl.cdiv(rows * K, ITEMS)
     if block < q_blocks:
         _backward_heads(dq_ptr, x_ptr, cos_ptr, sin_ptr, gain_ptr, dx_ptr, dgain_ptr, block,
-                        rows, T, eps, 0, H, C, D, R, ITEMS)  # fmt: skip
+                        rows, T, eps, 0, H, 1, C, D, R, ITEMS)  # fmt: skip
     elif block < q_blocks + k_blocks:
         _backward_heads(dk_ptr, x_ptr, cos_ptr, sin_ptr, None, dx_ptr, None, block - q_blocks,
-                        rows, T, eps, H, K, C, D, R, ITEMS)  # fmt: skip
+                        rows, T, eps, H, K, KEY_COPIES, C, D, R, ITEMS)  # fmt: skip
     else:
         v_block = block - q_blocks - k_blocks
         _, _, in_x, in_v, mask = _items(v_block, rows, H + K, K, C, D, ITEMS)
         d = tl.arange(0, D)[None, :]
-        tl.store(dx_ptr + in_x + d, tl.load(dv_ptr + in_v + d, mask=mask), mask=mask)
+        dv = _load_sum(dv_ptr + in_v * VALUE_COPIES + d, mask, D, VALUE_COPIES)
+        tl.store(dx_ptr + in_x + d, dv.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("pgl::qk_norm_rope", mutates_args=())
@@ -160,25 +176,25 @@ def qk_norm_rope(
 @torch.library.custom_op("pgl::qkv_norm_rope_backward", mutates_args=())
 def qkv_norm_rope_backward(
     dq_NHD: Tensor,
-    dk_NKD: Tensor,
-    dv_NKD: Tensor,
+    dk_NKGD: Tensor,
+    dv_NKGD: Tensor,
     x_NC: Tensor,
     cos_TR: Tensor,
     sin_TR: Tensor,
     gain_H: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``x_NC`` (its dtype) and ``gain_H`` (float32)."""
-    rows, key_heads = x_NC.size(0), dk_NKD.size(1)
+    rows, key_heads = x_NC.size(0), dk_NKGD.size(1)
     heads, dim = _sizes(x_NC, gain_H, key_heads)
     dx_NC = x_NC.new_empty(x_NC.shape)
     dgain_NH = x_NC.new_empty(rows, heads, dtype=torch.float32)
     blocks = _blocks(rows, (heads, key_heads, key_heads), BACKWARD)
     _backward_kernel[(sum(blocks),)](
-        dq_NHD.contiguous(), dk_NKD.contiguous(), dv_NKD.contiguous(), x_NC.contiguous(),
+        dq_NHD.contiguous(), dk_NKGD.contiguous(), dv_NKGD.contiguous(), x_NC.contiguous(),
         cos_TR.contiguous(), sin_TR.contiguous(), gain_H.contiguous(), dx_NC, dgain_NH,
         rows, cos_TR.size(0), EPSILON,
-        H=heads, K=key_heads, D=dim, R=cos_TR.size(1),
-        ITEMS=BACKWARD.items, num_warps=BACKWARD.warps,
+        H=heads, K=key_heads, KEY_COPIES=dk_NKGD.size(2), VALUE_COPIES=dv_NKGD.size(2), D=dim,
+        R=cos_TR.size(1), ITEMS=BACKWARD.items, num_warps=BACKWARD.warps,
     )  # fmt: skip
     return dx_NC, dgain_NH.sum(0)
 
@@ -193,8 +209,8 @@ def _(
 @qkv_norm_rope_backward.register_fake
 def _(
     dq_NHD: Tensor,
-    dk_NKD: Tensor,
-    dv_NKD: Tensor,
+    dk_NKGD: Tensor,
+    dv_NKGD: Tensor,
     x_NC: Tensor,
     cos_TR: Tensor,
     sin_TR: Tensor,
@@ -214,25 +230,34 @@ class _QKVNormRope(torch.autograd.Function):
         sin_TR: Tensor,
         gain_H: Tensor,
         key_heads: int,
+        key_copies: int,
+        value_copies: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x_NC, cos_TR, sin_TR, gain_H)
         q_NHD, k_NKD = qk_norm_rope(x_NC, cos_TR, sin_TR, gain_H, key_heads)
         dim = k_NKD.size(-1)
-        return q_NHD, k_NKD, x_NC[:, -key_heads * dim :].unflatten(1, (key_heads, dim))
+        v_NKD = x_NC[:, -key_heads * dim :].unflatten(1, (key_heads, dim))
+        return q_NHD, _copies(k_NKD, key_copies), _copies(v_NKD, value_copies)
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, dq_NHD: Tensor, dk_NKD: Tensor, dv_NKD: Tensor
+        ctx: torch.autograd.function.FunctionCtx, dq_NHD: Tensor, dk_NKGD: Tensor, dv_NKGD: Tensor
     ) -> tuple[Tensor | None, ...]:
         x_NC, cos_TR, sin_TR, gain_H = ctx.saved_tensors
         dx_NC, dgain_H = qkv_norm_rope_backward(
-            dq_NHD, dk_NKD, dv_NKD, x_NC, cos_TR, sin_TR, gain_H
+            dq_NHD, dk_NKGD, dv_NKGD, x_NC, cos_TR, sin_TR, gain_H
         )
-        return dx_NC, None, None, dgain_H.to(gain_H.dtype), None
+        return dx_NC, None, None, dgain_H.to(gain_H.dtype), None, None, None
 
 
 def qkv_norm_rope(
-    x_NC: Tensor, cos_TR: Tensor, sin_TR: Tensor, gain_H: Tensor, key_heads: int
+    x_NC: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    gain_H: Tensor,
+    key_heads: int,
+    key_copies: int = 1,
+    value_copies: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, rotate and scale the queries and keys of N = sequences * T rows.
 
@@ -242,12 +267,18 @@ def qkv_norm_rope(
         sin_TR: float32 sines.
         gain_H: Gain of each query head.
         key_heads: K.
+        key_copies: Copies of the keys, whose gradients are added up.
+        value_copies: Copies of the values.
 
     Returns:
-        Queries (N, H, D) and keys (N, K, D) in the dtype of ``x_NC``, and the values (N, K, D), a
-        view of it.
+        Queries (N, H, D), keys and values (N, K, copies, D), in the dtype of ``x_NC``. The values
+        are a view of it.
     """
-    return _QKVNormRope.apply(x_NC, cos_TR, sin_TR, gain_H, key_heads)
+    return _QKVNormRope.apply(x_NC, cos_TR, sin_TR, gain_H, key_heads, key_copies, value_copies)
+
+
+def _copies(x_NKD: Tensor, copies: int) -> Tensor:
+    return x_NKD.unsqueeze(2).expand(-1, -1, copies, -1)
 
 
 def _sizes(x_NC: Tensor, gain_H: Tensor, key_heads: int) -> tuple[int, int]:

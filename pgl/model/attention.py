@@ -29,8 +29,8 @@ def attend(
 
     Args:
         q_BTHD: Queries; fewer than keys are those of the last positions.
-        k_BTKD: Keys.
-        v_BTKD: Values.
+        k_BTKD: Keys; for fa4 also as :func:`pgl.model.flash_attention_4.flash_attention_4` says.
+        v_BTKD: Values, likewise.
         mask_B1TT: True where position t may read position s; has to be causal. None means all
             earlier positions and itself.
         backend: Kernel to use, see ``GPTConfig.attention_backend``.
@@ -43,7 +43,7 @@ def attend(
     if backend == "fa4":
         assert mask_B1TT is None  # see GPTConfig
         if q_BTHD.size(1) == k_BTKD.size(1):
-            return flash_attention_4(q_BTHD, k_BTKD, v_BTKD)[0]
+            return flash_attention_4(q_BTHD, k_BTKD, v_BTKD)
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
         # SDPA's is_causal lets the first query read the first key only.
@@ -141,6 +141,9 @@ class Attention(nn.Module):
         self.backend = config.attention_backend
         self.kernels = self.flash_last = False  # see GPT.prepare
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
+        group_size = config.num_heads // config.num_kv_heads
+        self.copies = group_size if config.attention_backend == "fa4" else 1
+        self.values_go_on = self.exclusive or config.value_residual  # elsewhere than to attend
         self.c_q = CastedLinear(config.model_dim, config.model_dim)
         self.c_k = CastedLinear(config.model_dim, config.kv_dim)
         self.c_v = CastedLinear(config.model_dim, config.kv_dim)
@@ -178,7 +181,8 @@ class Attention(nn.Module):
             The output (B, last or T, E) and this layer's values (B, T, K, D).
         """
         if self._uses_kernels(last) and self.qk_norm and self.q_gain is not None:
-            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary)
+            values_go_on = self.values_go_on or value_embedding_BTC is not None
+            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary, 1 if values_go_on else self.copies)
         else:
             q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
             v_BTKD = self.c_v(x_BTE).unflatten(-1, (-1, self.head_dim))
@@ -200,6 +204,7 @@ class Attention(nn.Module):
             y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:
             y_BTHD = self.gate(x_BTE[:, -y_BTHD.size(1) :]) * y_BTHD
+        v_BTKD = v_BTKD if v_BTKD.dim() == 4 else v_BTKD[:, :, :, 0]  # of copies
         return self.proj(y_BTHD.flatten(2), out_gain_E), v_BTKD
 
     def _queries_and_keys(
@@ -222,12 +227,17 @@ class Attention(nn.Module):
         power_of_two = self.head_dim & (self.head_dim - 1) == 0
         return self.kernels and last is None and power_of_two and torch.compiler.is_compiling()
 
-    def _fused(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def _fused(
+        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], value_copies: int
+    ) -> tuple[Tensor, ...]:
         # One product for queries, keys and values, and one pass over what it yields, by a module
-        # that GPT.prepare has loaded.
+        # that GPT.prepare has loaded. Keys and values in one copy have no dimension for copies.
         layers = (self.c_q, self.c_k, self.c_v)
         weights = [layer.compute_weight(x_BTE.dtype) for layer in layers]
         qkv_NC = F.linear(x_BTE, torch.cat(weights)).flatten(0, 1)
         kv_heads = self.c_k.out_features // self.head_dim
-        parts = kernels.qkv_norm_rope.qkv_norm_rope(qkv_NC, *rotary, self.q_gain, kv_heads)
-        return tuple(x_NHD.unflatten(0, x_BTE.shape[:2]) for x_NHD in parts)
+        q_NHD, k_NKGD, v_NKGD = kernels.qkv_norm_rope.qkv_norm_rope(
+            qkv_NC, *rotary, self.q_gain, kv_heads, self.copies, value_copies
+        )
+        k, v = (x.squeeze(2) if x.size(2) == 1 else x for x in (k_NKGD, v_NKGD))
+        return tuple(x.unflatten(0, x_BTE.shape[:2]) for x in (q_NHD, k, v))

@@ -4,10 +4,11 @@ torch's own switch for it (``torch.nn.attention.activate_flash_attention_impl``,
 expects two results of the package's forward function, where the package (4.0.0b36) gives five.
 
 Source: https://github.com/Dao-AILab/flash-attention, ``flash_attn/cute``. Measured on an H200 at
-48 x 2,048 tokens with 8 + 2 * 4 heads of 64: 0.53 ms forward and 1.43 ms backward, where cuDNN
-takes 0.51 and 1.64.
+48 x 2,048 tokens with 8 + 2 * 4 heads of 64: 0.53 ms forward and 1.43 ms backward with one call of
+the package for it, where cuDNN takes 0.51 and 1.64.
 
-Shapes: B batch, T position, H query heads, K key/value heads, D dimension in the head.
+Shapes: B batch, T position, H query heads, K key/value heads, G = H / K query heads that read the
+same, D dimension in the head.
 """
 
 from importlib import import_module
@@ -27,18 +28,15 @@ def load() -> ModuleType:
 
 
 @torch.library.custom_op("pgl::flash_attention_4", mutates_args=())
-def flash_attention_4(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of 16-bit tensors on a Hopper GPU or newer, scaled by ``1 / sqrt(D)``.
-
-    Returns:
-        The output (B, T, H, D), and for the backward pass the logarithms of the softmax's sums,
-        float32 (B, H, T).
-    """
+def flash_attention_4_forward(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the output and, float32 (B, H, T), the logarithms of the softmax's sums."""
     results = load()._flash_attn_fwd(q_BTHD, k_BTKD, v_BTKD, causal=True, return_lse=True)
     return results[0], results[1]
 
 
-@flash_attention_4.register_fake
+@flash_attention_4_forward.register_fake
 def _(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
     sequences, length, heads, _ = q_BTHD.shape
     sums_BHT = q_BTHD.new_empty(sequences, heads, length, dtype=torch.float32)
@@ -54,35 +52,70 @@ def flash_attention_4_backward(
     y_BTHD: Tensor,
     sums_BHT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
-    dq_BTHD, dk_BTKD, dv_BTKD = _like(q_BTHD, k_BTKD, v_BTKD)
-    load()._flash_attn_bwd(
-        q_BTHD, k_BTKD, v_BTKD, y_BTHD, dy_BTHD, sums_BHT, causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        dq=dq_BTHD, dk=dk_BTKD, dv=dv_BTKD,
-    )  # fmt: skip
-    return dq_BTHD, dk_BTKD, dv_BTKD
+    """Return the gradients: (B, T, H, D) of queries, (B, T, K, G, D) of keys and of values.
+
+    The package is called once for each query head of a group. Given all of a group at once, it adds
+    up the gradients of keys and values in float32 in memory, which has to be cleared before and
+    converted afterwards.
+    """
+    dq_BTHD, dk_BTKGD, dv_BTKGD = _gradients(q_BTHD, k_BTKD, v_BTKD)
+    groups = dk_BTKGD.size(3)
+    for group in range(groups):
+        q_BTKD, y_BTKD, dy_BTKD, dq_BTKD = (
+            x[:, :, group::groups] for x in (q_BTHD, y_BTHD, dy_BTHD, dq_BTHD)
+        )
+        load()._flash_attn_bwd(
+            q_BTKD, k_BTKD, v_BTKD, y_BTKD, dy_BTKD, sums_BHT[:, group::groups], causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dq=dq_BTKD, dk=dk_BTKGD[:, :, :, group], dv=dv_BTKGD[:, :, :, group],
+        )  # fmt: skip
+    return dq_BTHD, dk_BTKGD, dv_BTKGD
 
 
 @flash_attention_4_backward.register_fake
 def _(dy_BTHD: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return _like(*inputs[:3])
+    return _gradients(*inputs[:3])
 
 
-def _like(*inputs: Tensor) -> tuple[Tensor, ...]:
+def _gradients(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Dense, also where the inputs are views.
-    return tuple(x.new_empty(x.shape) for x in inputs)
+    group_size = q_BTHD.size(2) // k_BTKD.size(2)
+    dk_BTKGD, dv_BTKGD = (
+        x.new_empty(*x.shape[:3], group_size, x.size(3)) for x in (k_BTKD, v_BTKD)
+    )
+    return q_BTHD.new_empty(q_BTHD.shape), dk_BTKGD, dv_BTKGD
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
+class _FlashAttention4(torch.autograd.Function):
+    # Not the operator's own gradient, which would have to be shaped as the keys that it reads.
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, q_BTHD: Tensor, k_BTKGD: Tensor, v_BTKGD: Tensor
+    ) -> Tensor:
+        inputs = (q_BTHD, k_BTKGD[:, :, :, 0], v_BTKGD[:, :, :, 0])
+        y_BTHD, sums_BHT = flash_attention_4_forward(*inputs)
+        ctx.save_for_backward(*inputs, y_BTHD, sums_BHT)
+        return y_BTHD
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy_BTHD: Tensor) -> tuple[Tensor, ...]:
+        return flash_attention_4_backward(dy_BTHD, *ctx.saved_tensors)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, dy_BTHD: Tensor, _: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return flash_attention_4_backward(dy_BTHD, *ctx.saved_tensors)
+def flash_attention_4(q_BTHD: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of 16-bit tensors on a Hopper GPU or newer, scaled by ``1 / sqrt(D)``.
 
+    Args:
+        q_BTHD: Queries.
+        k: Keys (B, T, K, D), or (B, T, K, G, D): G views of the same, one for each query head that
+            reads it. Each of these gets a gradient of its own, for who can add them on the way.
+        v: Values, likewise.
 
-flash_attention_4.register_autograd(_backward, setup_context=_save)
+    Returns:
+        (B, T, H, D).
+    """
+    group_size = q_BTHD.size(2) // k.size(2)
+    copies = (
+        x if x.dim() == 5 else x.unsqueeze(3).expand(-1, -1, -1, group_size, -1) for x in (k, v)
+    )
+    return _FlashAttention4.apply(q_BTHD, *copies)

@@ -8,7 +8,9 @@ import torch
 
 from pgl import kernels
 from pgl.model import GPT, GPTConfig
+from pgl.model import gpt as gpt_module
 from pgl.model.mlp import MLP
+from tests.model.flash_attention import install
 
 # On a GPU the MLP's kernel takes whole tiles of 16-bit tensors only; the interpreter is slow.
 ON_GPU = torch.cuda.is_available()
@@ -17,7 +19,7 @@ HIDDEN, LENGTH = (256, 64) if ON_GPU else (64, 8)
 TOLERANCE, GRADIENT_TOLERANCE = (5e-2, 5e-2) if ON_GPU else (1e-4, 1e-3)
 CONFIG = GPTConfig(
     num_layers=3,
-    model_dim=64 if ON_GPU else 32,
+    model_dim=256 if ON_GPU else 32,
     num_heads=4,
     num_kv_heads=2,
     mlp_hidden=HIDDEN,
@@ -65,23 +67,36 @@ def calls_of(graphs: list[torch.fx.GraphModule]) -> set[str]:
     return {str(target) for target in targets if str(target).startswith("pgl.")}
 
 
-def test_losses_and_gradients_are_those_of_the_plain_model(use_kernels: torch.device) -> None:
-    gpt = randomized(use_kernels)
+@pytest.mark.parametrize("backend", ["auto", "fa4"])
+def test_losses_and_gradients_are_those_of_the_plain_model(
+    use_kernels: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "fa4" and ON_GPU:
+        pytest.importorskip("flash_attn.cute", reason="FlashAttention-4: pip install flash-attn-4")
+    elif backend == "fa4":
+        install(monkeypatch)
+        monkeypatch.setattr(gpt_module, "prepare_backend", lambda backend, device: None)
+    gpt, plain_gpt = (
+        randomized(use_kernels, replace(CONFIG, attention_backend=name))
+        for name in (backend, "auto")
+    )
     ids_BT = torch.randint(1024, (2, LENGTH), device=use_kernels)
     targets_BT = ids_BT.roll(-1, 1)
 
-    def run(token_losses: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    def run(
+        gpt: GPT, token_losses: Callable[..., torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         gpt.zero_grad(set_to_none=True)
         losses_BT = token_losses(ids_BT, targets_BT)
         losses_BT.mean().backward()
         return losses_BT.detach(), {name: p.grad for name, p in gpt.named_parameters()}
 
-    plain_BT, plain = run(gpt.token_losses)
+    plain_BT, plain = run(plain_gpt, plain_gpt.token_losses)
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
-    fused_BT, fused = run(compiled)
+    fused_BT, fused = run(gpt, compiled)
     torch.testing.assert_close(fused_BT, plain_BT, rtol=TOLERANCE, atol=TOLERANCE)
     with torch.autocast(use_kernels.type, enabled=False):
-        exact = run(gpt.token_losses)[1]
+        exact = run(plain_gpt, plain_gpt.token_losses)[1]
     for name, wanted in exact.items():
         # In 16 bits the plain model is off as well, and for some gains by more than the tolerance.
         rounding = float((plain[name] - wanted).abs().max())

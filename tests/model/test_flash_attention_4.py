@@ -1,86 +1,20 @@
 """The operator around FlashAttention-4: with a stand-in for its package, and on a GPU with it."""
 
-import sys
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pgl.model import flash_attention_4
 from pgl.model.attention import attend
+from tests.model.flash_attention import StandIn, install, reference
 
 SEQUENCES, LENGTH, HEADS, KEY_HEADS, DIM = 2, 8, 4, 2, 8
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-class StandIn(ModuleType):
-    """The two functions of the package that the operator calls, with their signatures' use."""
-
-    def _flash_attn_fwd(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        causal: bool,
-        return_lse: bool,
-    ) -> tuple[torch.Tensor | None, ...]:
-        assert causal
-        assert return_lse
-        sums = torch.zeros(q.size(0), q.size(2), q.size(1))
-        return reference(q, k, v).contiguous(), sums, None, None, None
-
-    def _flash_attn_bwd(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        dout: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        causal: bool,
-        deterministic: bool,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-    ) -> None:
-        assert causal
-        assert deterministic is torch.are_deterministic_algorithms_enabled()
-        assert lse.shape == (q.size(0), q.size(2), q.size(1))
-        for place, gradient in zip((dq, dk, dv), gradients(q, k, v, dout), strict=True):
-            place.copy_(gradient)
-
-
-def gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    # By hand: inside of an operator torch records nothing.
-    group = q.size(2) // k.size(2)
-    q, dy = q.float(), dy.float()
-    k, v = (x.float().repeat_interleave(group, dim=2) for x in (k, v))
-    scale = q.size(-1) ** -0.5
-    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    p = scores.masked_fill(future, -torch.inf).softmax(-1)
-    dp = torch.einsum("bthd,bshd->bhts", dy, v)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dk = torch.einsum("bhts,bthd->bshd", ds, q).unflatten(2, (-1, group)).sum(3)
-    dv = torch.einsum("bhts,bthd->bshd", p, dy).unflatten(2, (-1, group)).sum(3)
-    return torch.einsum("bhts,bshd->bthd", ds, k), dk, dv
-
-
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, StandIn(name))
+    install(monkeypatch)
 
 
 def tensors(dtype: torch.dtype, device: str = "cpu", length: int = LENGTH, dim: int = DIM) -> list:
@@ -91,9 +25,25 @@ def tensors(dtype: torch.dtype, device: str = "cpu", length: int = LENGTH, dim: 
 
 
 @pytest.mark.usefixtures("package")
-def test_the_operator_is_well_formed() -> None:
-    q, k, v = (x.detach() for x in tensors(torch.float32))
-    torch.library.opcheck(flash_attention_4.flash_attention_4, (q, k, v))
+def test_the_operators_are_well_formed() -> None:
+    inputs = [x.detach() for x in tensors(torch.float32)]
+    torch.library.opcheck(flash_attention_4.flash_attention_4_forward, inputs)
+    output = flash_attention_4.flash_attention_4_forward(*inputs)
+    backward = flash_attention_4.flash_attention_4_backward
+    torch.library.opcheck(backward, (torch.ones_like(inputs[0]), *inputs, *output))
+
+
+@pytest.mark.usefixtures("package")
+def test_copies_of_keys_and_values_get_gradients_of_their_own() -> None:
+    q, k, v = tensors(torch.float32)
+    copies = [x.unsqueeze(3).expand(-1, -1, -1, HEADS // KEY_HEADS, -1) for x in (k, v)]
+    y_BTHD = flash_attention_4.flash_attention_4(q, *copies)
+    upstream = torch.randn_like(y_BTHD)
+    of_copies = torch.autograd.grad(y_BTHD, copies, upstream, retain_graph=True)
+    expected = torch.autograd.grad(reference(q, k, v), (k, v), upstream)
+    for ours, theirs in zip(of_copies, expected, strict=True):
+        assert relative(ours[:, :, :, 0], theirs) > 0.1
+        torch.testing.assert_close(ours.sum(3), theirs)
 
 
 @pytest.fixture(params=[False, True])
