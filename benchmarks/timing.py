@@ -21,11 +21,13 @@ STRATEGIES = ("ddp", "parallel_muon")
 T = TypeVar("T")
 
 
-def load_recipe(path: str, backend: str = "auto") -> tuple[dict[str, Any], GolfModule]:
+def load_recipe(
+    path: str, backend: str = "auto", kernels: str = "auto"
+) -> tuple[dict[str, Any], GolfModule]:
     """Return a configuration file's contents and its module, with an attention backend."""
     with open(path) as file:
         recipe = yaml.safe_load(file)
-    gpt = {**recipe["model"]["gpt"], "attention_backend": backend}
+    gpt = {**recipe["model"]["gpt"], "attention_backend": backend, "kernels": kernels}
     return recipe, make(GolfModule, {**recipe["model"], "gpt": gpt})
 
 

@@ -117,7 +117,7 @@ def measure(
     options: argparse.Namespace, device: torch.device, ranks: Ranks
 ) -> tuple[TrainStep, dict[str, Any]]:
     """Return the step and its times."""
-    recipe, module = load_recipe(options.config, options.backend)
+    recipe, module = load_recipe(options.config, options.backend, options.kernels)
     layers = qat_layers(recipe, options.config) if options.qat else None
     seq_len, batch_tokens = recipe["data"]["seq_len"], recipe["data"]["batch_tokens"]
     tokens = options.micro_batch_tokens or batch_tokens // 8
@@ -207,7 +207,8 @@ def main() -> None:
     arguments.add_argument("--config", required=True)
     arguments.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     arguments.add_argument("--micro-batch-tokens", type=int)
-    arguments.add_argument("--backend", default="auto")
+    arguments.add_argument("--backend", default="auto", help="attention backend")
+    arguments.add_argument("--kernels", default="auto")
     arguments.add_argument("--repeats", type=int, default=20)
     arguments.add_argument("--top", type=int, default=0)
     arguments.add_argument("--qat", action="store_true", help="time fake quantisation as well")

@@ -112,11 +112,7 @@ class GolfModule(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Called on every process: take the data's byte table and compile."""
-        if self.gpt_config.attention_backend == "fa4" and "16" not in self.trainer.precision:
-            raise ValueError(
-                f"model.gpt.attention_backend fa4 computes in 16 bits, but trainer.precision is "
-                f"{self.trainer.precision}: set it to bf16-mixed, or the backend to auto"
-            )
+        self._check_kernels()
         if stage == "fit" and self.trainer.precision == "64-true":
             raise ValueError(
                 "trainer.precision 64-true would train float64 weights, which no artifact can "
@@ -269,6 +265,24 @@ class GolfModule(pl.LightningModule):
             "loss": asdict(self.loss_config),
             "compile": self.compile_model,
         }
+
+    def _check_kernels(self) -> None:
+        gpt, precision = self.gpt_config, self.trainer.precision
+        if gpt.attention_backend == "fa4" and "16" not in precision:
+            raise ValueError(
+                f"model.gpt.attention_backend fa4 computes in 16 bits, but trainer.precision is "
+                f"{precision}: set it to bf16-mixed, or the backend to auto"
+            )
+        if gpt.kernels == "quack" and "bf16" not in precision:
+            raise ValueError(
+                f"model.gpt.kernels quack computes in bfloat16, but trainer.precision is "
+                f"{precision}: set it to bf16-mixed, or the kernels to auto"
+            )
+        if gpt.kernels == "quack" and not self.compile_model:
+            raise ValueError(
+                "model.gpt.kernels quack runs in compiled models only: set model.compile to true, "
+                "or the kernels to auto"
+            )
 
     def _log_score(self, split: str) -> None:
         assert self.bits_per_byte is not None

@@ -151,6 +151,22 @@ def test_flash_attention_4_needs_16_bits(golf_run, tiny_gpt, precision):
             command(run.module, datamodule=run.data)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_quack_needs_bfloat16(golf_run, tiny_gpt, precision):
+    wide = replace(tiny_gpt, model_dim=64, mlp_hidden=128, kernels="quack")
+    run = golf_run(fit=False, module=GolfModule(wide, compile=True))
+    run.module.trainer = SimpleNamespace(precision=precision)
+    with pytest.raises(ValueError, match=rf"quack computes in bfloat16.* {precision}: set it to"):
+        run.module.setup("fit")
+
+
+def test_quack_needs_a_compiled_model(golf_run, tiny_gpt):
+    wide = replace(tiny_gpt, model_dim=64, mlp_hidden=128, kernels="quack")
+    run = golf_run(fit=False, module=GolfModule(wide), precision="bf16-true")
+    with pytest.raises(ValueError, match="quack runs in compiled models only"):
+        run.trainer.fit(run.module, datamodule=run.data)
+
+
 def test_float64_weights_are_scored_but_not_trained(golf_run):
     run = golf_run(fit=False, precision="64-true")
     with pytest.raises(ValueError, match=r"trainer.precision 64-true .*: set it to 32-true"):

@@ -28,6 +28,15 @@ def load() -> None:
         import_module(f"pgl.kernels.{name}")
 
 
+def load_quack() -> None:
+    """Load the MLP's products of the package quack-kernels.
+
+    Raises:
+        ImportError: If the package or something that it needs is not installed.
+    """
+    import_module("pgl.kernels.quack_mlp")
+
+
 def squared_mlp_available(device: torch.device) -> bool:
     """Whether the fused MLP runs: it needs Hopper's tensor memory access."""
     return available(device) and torch.cuda.get_device_capability(device)[0] == HOPPER
@@ -50,4 +59,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-__all__ = ["available", "load", "processors", "squared_mlp_available", "squared_mlp_fits"]
+__all__ = [
+    "available",
+    "load",
+    "load_quack",
+    "processors",
+    "squared_mlp_available",
+    "squared_mlp_fits",
+]

@@ -7,9 +7,13 @@ square root, times ``-|slope|`` below zero, and a bit for each value says on whi
 saves a write of N * F numbers, 300 of 700 MB at 98,304 rows of 512 and 1,536 hidden units.
 
 Shapes: N rows, E model dim, F hidden units. A number of the packed signs holds those of columns c,
-c + 8, ..., c + 56 of 64 columns: on tensor cores a thread has these in its own registers.
+c + 8, ..., c + 56 of 64 columns: on tensor cores a thread has these in its own registers. The
+products of :mod:`pgl.kernels.quack_mlp` take the place of the Triton kernel where the operator's
+``quack`` says so, and pack them differently.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -151,30 +155,37 @@ def _launch(
     )  # fmt: skip
 
 
+def _quack() -> ModuleType:
+    return import_module("pgl.kernels.quack_mlp")
+
+
 @torch.library.custom_op("pgl::activated_product_backward", mutates_args=())
 def activated_product_backward(
-    dy_NE: Tensor, w_EF: Tensor, a_NF: Tensor, signs: Tensor, slope: float
+    dy_NE: Tensor, w_EF: Tensor, a_NF: Tensor, signs: Tensor, slope: float, quack: bool
 ) -> Tensor:
     """Return ``(dy w) * activation'``: the hidden values' gradient through the second product."""
     out_NF = torch.empty_like(a_NF)
-    _launch(dy_NE.contiguous(), w_EF.contiguous(), a_NF, out_NF, signs, slope, backward=True)
+    launch = _quack().launch if quack else _launch
+    launch(dy_NE.contiguous(), w_EF.contiguous(), a_NF, out_NF, signs, slope, backward=True)
     return out_NF
 
 
 @activated_product_backward.register_fake
-def _(dy_NE: Tensor, w_EF: Tensor, a_NF: Tensor, signs: Tensor, slope: float) -> Tensor:
+def _(
+    dy_NE: Tensor, w_EF: Tensor, a_NF: Tensor, signs: Tensor, slope: float, quack: bool
+) -> Tensor:
     return torch.empty_like(a_NF)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    x_NE, fc_FE, proj_EF, ctx.slope = inputs
+    x_NE, fc_FE, proj_EF, ctx.slope, ctx.quack = inputs
     ctx.save_for_backward(x_NE, fc_FE, proj_EF, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 @torch.library.custom_op("pgl::squared_mlp", mutates_args=())
 def squared_mlp(
-    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float
+    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``activation(x fc^T) proj^T``, and for the backward pass the activation and signs.
 
@@ -183,29 +194,38 @@ def squared_mlp(
         fc_FE: Weight of the first product, in the dtype of ``x_NE``.
         proj_EF: Weight of the second.
         slope: Slope of the leaky ReLU below zero; 0 is ReLU squared, which needs no signs.
+        quack: Whether to use quack's product instead of the Triton kernel.
     """
-    a_NF, signs = _saved(x_NE, fc_FE, slope)
-    _launch(x_NE.contiguous(), fc_FE.contiguous(), a_NF, a_NF, signs, slope, backward=False)
+    a_NF, signs = _saved(x_NE, fc_FE, slope, quack)
+    launch = _quack().launch if quack else _launch
+    launch(x_NE.contiguous(), fc_FE.contiguous(), a_NF, a_NF, signs, slope, backward=False)
     return a_NF @ proj_EF.T, a_NF, signs
 
 
 @squared_mlp.register_fake
-def _(x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x_NE.new_empty(x_NE.shape), *_saved(x_NE, fc_FE, slope)
+def _(
+    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x_NE.new_empty(x_NE.shape), *_saved(x_NE, fc_FE, slope, quack)
 
 
-def _saved(x_NE: Tensor, fc_FE: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def _saved(x_NE: Tensor, fc_FE: Tensor, slope: float, quack: bool) -> tuple[Tensor, Tensor]:
     rows, hidden = x_NE.size(0), fc_FE.size(0)
-    groups = hidden // SIGN_COLUMNS.value if slope else 0
-    return x_NE.new_empty(rows, hidden), x_NE.new_empty(groups, rows, 8, dtype=torch.uint8)
+    if not slope:
+        shape, dtype = (0,), torch.uint8
+    elif quack:
+        shape, dtype = (rows // 64, hidden // 64, 128), torch.int32
+    else:
+        shape, dtype = (hidden // SIGN_COLUMNS.value, rows, 8), torch.uint8
+    return x_NE.new_empty(rows, hidden), x_NE.new_empty(shape, dtype=dtype)
 
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, dy_NE: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     x_NE, fc_FE, proj_EF, a_NF, signs = ctx.saved_tensors
-    dh_NF = activated_product_backward(dy_NE, proj_EF, a_NF, signs, ctx.slope)
-    return dh_NF @ fc_FE, dh_NF.T @ x_NE, dy_NE.T @ a_NF, None
+    dh_NF = activated_product_backward(dy_NE, proj_EF, a_NF, signs, ctx.slope, ctx.quack)
+    return dh_NF @ fc_FE, dh_NF.T @ x_NE, dy_NE.T @ a_NF, None, None
 
 
 squared_mlp.register_autograd(_backward, setup_context=_save)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pgl import kernels
 from pgl.model import flash_attention_4
 
 KERNELS = {
@@ -64,6 +65,26 @@ def prepare_backend(backend: str, device: torch.device) -> None:
         _load_flash_attention_4()
     elif backend != "cudnn":
         _select_flash_implementation(None if backend == "flash" else "FA3")
+
+
+def prepare_quack(device: torch.device) -> None:
+    """Make sure that quack's products can run on ``device``.
+
+    Raises:
+        ValueError: If the device or a missing package rules it out.
+    """
+    if not kernels.squared_mlp_available(device):
+        raise ValueError(
+            "model.gpt.kernels quack needs an NVIDIA GPU of the Hopper generation (H100, H200, "
+            "GH200); use auto"
+        )
+    try:
+        kernels.load_quack()
+    except ImportError as error:
+        raise ValueError(
+            f"model.gpt.kernels quack could not be loaded ({error}): pip install -e '.[quack]', "
+            f"or use auto"
+        ) from error
 
 
 def flash_reads_last(backend: str, head_dim: int, device: torch.device) -> bool:

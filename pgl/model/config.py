@@ -162,12 +162,17 @@ class GPTConfig:
     cannot run.
     """
 
-    kernels: Literal["auto", "off"] = "auto"
-    """Fused Triton kernels in compiled graphs on NVIDIA GPUs (auto), or plain torch everywhere."""
+    kernels: Literal["auto", "off", "quack"] = "auto"
+    """Fused Triton kernels in compiled graphs on NVIDIA GPUs (auto), or plain torch everywhere.
+
+    quack: as auto, but the MLP's activated products by the package quack-kernels, on Hopper GPUs in
+    bfloat16 (an error where it cannot run).
+    """
 
     def __post_init__(self) -> None:
         self._check_sizes()
         self._check_attention()
+        self._check_kernels()
         self._check_layers()
         self._check_total()
 
@@ -265,6 +270,14 @@ class GPTConfig:
             not self.document_mask or self.attention_backend in ("auto", "math"),
             f"document_mask needs attention_backend auto or math, since {self.attention_backend} "
             f"takes no mask",
+        )
+
+    def _check_kernels(self) -> None:
+        # As pgl.kernels.squared_mlp_fits, which also asks for the rows.
+        _require(
+            self.kernels != "quack" or (self.model_dim % 64 == 0 and self.mlp_hidden % 128 == 0),
+            f"kernels quack needs model_dim to be a multiple of 64 and mlp_hidden of 128, not "
+            f"{self.model_dim} and {self.mlp_hidden}; use auto",
         )
 
     def _check_layers(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pgl import kernels
 from pgl.model.attention import Attention, document_mask
-from pgl.model.backends import flash_reads_last, prepare_backend
+from pgl.model.backends import flash_reads_last, prepare_backend, prepare_quack
 from pgl.model.config import GPTConfig
 from pgl.model.embeddings import BigramHash, SharedValueEmbedding, SmearGate, document_starts
 from pgl.model.init import initialize
@@ -244,12 +244,14 @@ class GPT(nn.Module):
         pass calls it.
 
         Raises:
-            ValueError: If the attention backend cannot run on ``device``.
+            ValueError: If the attention backend or quack cannot run on ``device``.
         """
         prepare_backend(self.config.attention_backend, device)
         if device == self._prepared_for:
             return
-        on = self.config.kernels == "auto" and kernels.available(device)
+        if self.config.kernels == "quack":
+            prepare_quack(device)
+        on = self.config.kernels != "off" and kernels.available(device)
         if on:
             kernels.load()
         backend, head_dim = self.config.attention_backend, self.config.head_dim

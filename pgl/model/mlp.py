@@ -33,6 +33,7 @@ class MLP(nn.Module):
         self.activation = config.mlp_activation
         self.negative_slope = config.mlp_negative_slope
         self.kernels = False  # see GPT.prepare
+        self.quack = config.kernels == "quack"
         self.fc = CastedLinear(config.model_dim, config.mlp_hidden)
         self.proj = CastedLinear(config.mlp_hidden, config.model_dim)
 
@@ -53,5 +54,5 @@ class MLP(nn.Module):
         fc = self.fc.compute_weight(x.dtype)
         proj = self.proj.compute_weight(x.dtype, out_gain_E)
         slope = 0.0 if self.activation == "relu2" else self.negative_slope
-        y, _, _ = torch.ops.pgl.squared_mlp(x.flatten(0, -2), fc, proj, slope)
+        y, _, _ = torch.ops.pgl.squared_mlp(x.flatten(0, -2), fc, proj, slope, self.quack)
         return y.view_as(x)

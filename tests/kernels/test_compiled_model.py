@@ -92,6 +92,8 @@ def test_losses_and_gradients_are_those_of_the_plain_model(
         return losses_BT.detach(), {name: p.grad for name, p in gpt.named_parameters()}
 
     plain_BT, plain = run(plain_gpt, plain_gpt.token_losses)
+    gpt.prepare(use_kernels)
+    assert all(block.kernels for block in gpt.blocks)
     compiled = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)
     fused_BT, fused = run(gpt, compiled)
     torch.testing.assert_close(fused_BT, plain_BT, rtol=TOLERANCE, atol=TOLERANCE)

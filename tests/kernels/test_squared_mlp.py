@@ -72,7 +72,7 @@ def test_the_operators_are_well_formed(small_tiles: torch.device, slope: float) 
     proj_EF = fc_FE.T.contiguous()
     torch.library.opcheck(squared_mlp, (x_NE, fc_FE, proj_EF, slope))
     _, a_NF, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope)
-    torch.library.opcheck(activated_product_backward, (x_NE, proj_EF, a_NF, signs, slope))
+    torch.library.opcheck(activated_product_backward, (x_NE, proj_EF, a_NF, signs, slope, False))
 
 
 def test_only_shapes_that_come_out_even_are_taken() -> None:

@@ -7,11 +7,24 @@ import pytest
 import torch
 from torch import nn
 
+from pgl import kernels
 from pgl.model import GPT
-from pgl.model.backends import KERNELS, attention_kernel, flash_reads_last, prepare_backend
+from pgl.model.backends import (
+    KERNELS,
+    attention_kernel,
+    flash_reads_last,
+    prepare_backend,
+    prepare_quack,
+)
 from tests.parity.recipes import randomize, shallow
 
 CPU = torch.device("cpu")
+
+
+def test_quack_needs_a_hopper_gpu() -> None:
+    gpt = GPT(shallow("703", kernels="quack", model_dim=64, mlp_hidden=128))
+    with pytest.raises(ValueError, match="kernels quack needs an NVIDIA GPU of the Hopper"):
+        gpt.prepare(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "fa3", "fa4"])
@@ -72,6 +85,12 @@ class TestOnFakeGpu:
             prepare_backend("fa3", torch.device("cuda"))
         with pytest.raises(ValueError, match=r"fa4 could not be loaded.*pip install -e '.\[fa4\]'"):
             prepare_backend("fa4", torch.device("cuda"))
+
+    def test_quack_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
+        monkeypatch.setitem(sys.modules, "pgl.kernels.quack_mlp", None)
+        with pytest.raises(ValueError, match=r"quack could not be loaded.*install -e '.\[quack\]'"):
+            prepare_quack(torch.device("cuda"))
 
     def test_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -1,0 +1,124 @@
+"""The MLP's products by quack: around a stand-in for them on CPUs, and on a GPU the real ones."""
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgl.model import gpt as gpt_module
+from tests.kernels.test_compiled_model import CONFIG, randomized
+
+ON_GPU = torch.cuda.is_available()
+
+
+class StandIn(ModuleType):
+    """``launch`` of :mod:`pgl.kernels.quack_mlp` in plain torch, and how often it was called."""
+
+    calls = 0
+
+    def launch(
+        self,
+        x_NE: torch.Tensor,
+        w: torch.Tensor,
+        a_NF: torch.Tensor,
+        out_NF: torch.Tensor,
+        signs: torch.Tensor,
+        slope: float,
+        backward: bool,
+    ) -> None:
+        self.calls += 1
+        total_NF = x_NE @ (w if backward else w.T)
+        bit = torch.arange(32)
+        blocks = (a_NF.size(0) // 64, 64, a_NF.size(1) // 64, 64)
+        if backward:
+            below = torch.zeros_like(total_NF, dtype=torch.bool)
+            if slope:
+                bits = (signs[..., None] >> bit) & 1
+                below = bits.view(blocks[0], blocks[2], 64, 64).transpose(1, 2).reshape(a_NF.shape)
+            out_NF.copy_(total_NF * a_NF.sqrt() * torch.where(below.bool(), -2 * abs(slope), 2.0))
+            return
+        assert a_NF is out_NF
+        out_NF.copy_(F.leaky_relu(total_NF, slope).square())
+        if slope:
+            below = (total_NF < 0).view(blocks).transpose(1, 2).reshape(*signs.shape, 32)
+            signs.copy_((below << bit).sum(-1).to(torch.int32))
+
+
+@pytest.fixture
+def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module with the products: on a CPU the stand-in."""
+    if ON_GPU:
+        pytest.importorskip("quack", reason="quack's products: pip install -e '.[quack]'")
+        from pgl.kernels import quack_mlp
+
+        return quack_mlp
+    stand_in = StandIn("pgl.kernels.quack_mlp")
+    monkeypatch.setitem(sys.modules, "pgl.kernels.quack_mlp", stand_in)
+    return stand_in
+
+
+# Tiles of 192 columns and of 128; an even and an odd number of tiles of 128 rows.
+@pytest.mark.parametrize(("rows", "hidden"), [(256, 384), (384, 512)])
+@pytest.mark.parametrize("slope", [0.0, 0.5, 2.0, -0.5])
+def test_equals_the_plain_operations_forward_and_backward(
+    quack: ModuleType, kernel_device: torch.device, slope: float, rows: int, hidden: int
+) -> None:
+    from pgl.kernels.squared_mlp import squared_mlp
+
+    dim, dtype, tolerance = (64, torch.bfloat16, 2e-2) if ON_GPU else (64, torch.float32, 1e-5)
+    torch.manual_seed(0)
+    x_NE, fc_FE, proj_EF = (
+        (torch.randn(shape, device=kernel_device) / shape[1] ** 0.5).to(dtype).requires_grad_()
+        for shape in ((rows, dim), (hidden, dim), (dim, hidden))
+    )
+    fused, _, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope, True)
+    assert signs.numel() == (rows * hidden // 32 if slope else 0)
+    inputs = [tensor.detach().float().requires_grad_() for tensor in (x_NE, fc_FE, proj_EF)]
+    leaky = F.leaky_relu(inputs[0] @ inputs[1].T, slope)
+    plain = (leaky * leaky) @ inputs[2].T
+
+    upstream = torch.randn_like(plain)
+    assert _relative(fused, plain) < tolerance
+    ours = torch.autograd.grad(fused, (x_NE, fc_FE, proj_EF), upstream.to(dtype))
+    theirs = torch.autograd.grad(plain, inputs, upstream.to(dtype).float())
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert _relative(gradient, expected) < tolerance
+    if isinstance(quack, StandIn):
+        assert quack.calls == 2
+
+
+@pytest.mark.skipif(ON_GPU, reason="the stand-in runs on CPUs")
+def test_a_model_with_them_calls_nothing_else_for_its_mlp(
+    quack: StandIn, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pgl import kernels
+    from pgl.model.mlp import MLP
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
+    monkeypatch.setattr(gpt_module, "prepare_quack", lambda device: None)
+    monkeypatch.setattr(MLP, "_fits", lambda mlp, x: True)
+    config = replace(CONFIG, model_dim=64, mlp_hidden=128)
+    plain, gpt = (
+        randomized(kernel_device, replace(config, kernels=choice)) for choice in ("off", "quack")
+    )
+    gpt.prepare(kernel_device)
+    ids_BT = torch.randint(1024, (2, 32))
+    losses_BT = torch.compile(gpt.token_losses, backend="aot_eager", fullgraph=True)(ids_BT, ids_BT)
+    expected_BT = plain.token_losses(ids_BT, ids_BT)
+    torch.testing.assert_close(losses_BT, expected_BT, rtol=1e-4, atol=1e-4)
+    losses_BT.mean().backward()
+    expected_BT.mean().backward()
+    assert quack.calls == 2 * config.num_layers
+    for ours, theirs in zip(gpt.blocks, plain.blocks, strict=True):
+        torch.testing.assert_close(
+            ours.mlp.fc.weight.grad, theirs.mlp.fc.weight.grad, rtol=1e-3, atol=1e-6
+        )
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.float() - theirs).detach().norm() / theirs.detach().norm())
