@@ -24,7 +24,7 @@ T = TypeVar("T")
 def load_recipe(
     path: str, backend: str = "auto", kernels: str = "auto"
 ) -> tuple[dict[str, Any], GolfModule]:
-    """Return a configuration file's contents and its module, with an attention backend."""
+    """Return a configuration file's contents and its module, with these kernels."""
     with open(path) as file:
         recipe = yaml.safe_load(file)
     gpt = {**recipe["model"]["gpt"], "attention_backend": backend, "kernels": kernels}

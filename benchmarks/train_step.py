@@ -145,6 +145,8 @@ def measure(
         "config": options.config,
         "processes": ranks.count,
         "strategy": options.strategy if ranks.count > 1 else None,
+        "backend": options.backend,
+        "kernels": options.kernels,
         "micro_batch_tokens": tokens,
         "accumulate": accumulate,
         "compile_seconds": round(first_seconds, 1),
@@ -208,7 +210,7 @@ def main() -> None:
     arguments.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     arguments.add_argument("--micro-batch-tokens", type=int)
     arguments.add_argument("--backend", default="auto", help="attention backend")
-    arguments.add_argument("--kernels", default="auto")
+    arguments.add_argument("--kernels", default="auto", help="model.gpt.kernels")
     arguments.add_argument("--repeats", type=int, default=20)
     arguments.add_argument("--top", type=int, default=0)
     arguments.add_argument("--qat", action="store_true", help="time fake quantisation as well")

@@ -283,6 +283,12 @@ class GolfModule(pl.LightningModule):
                 "model.gpt.kernels quack runs in compiled models only: set model.compile to true, "
                 "or the kernels to auto"
             )
+        rows = getattr(getattr(self.trainer, "datamodule", None), "micro_batch_tokens", 0)
+        if gpt.kernels == "quack" and rows % 128:
+            raise ValueError(
+                f"model.gpt.kernels quack needs data.micro_batch_tokens to be a multiple of 128, "
+                f"not {rows}; or set the kernels to auto"
+            )
 
     def _log_score(self, split: str) -> None:
         assert self.bits_per_byte is not None

@@ -167,6 +167,15 @@ def test_quack_needs_a_compiled_model(golf_run, tiny_gpt):
         run.trainer.fit(run.module, datamodule=run.data)
 
 
+def test_quack_needs_micro_batches_of_whole_tiles(golf_run, tiny_gpt):
+    wide = replace(tiny_gpt, model_dim=64, mlp_hidden=128, kernels="quack")
+    run = golf_run(fit=False, module=GolfModule(wide, compile=True), precision="bf16-true")
+    tokens = run.data.micro_batch_tokens
+    assert tokens % 128
+    with pytest.raises(ValueError, match=f"_tokens to be a multiple of 128, not {tokens}"):
+        run.trainer.fit(run.module, datamodule=run.data)
+
+
 def test_float64_weights_are_scored_but_not_trained(golf_run):
     run = golf_run(fit=False, precision="64-true")
     with pytest.raises(ValueError, match=r"trainer.precision 64-true .*: set it to 32-true"):

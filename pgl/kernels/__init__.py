@@ -6,12 +6,20 @@ The modules need Triton, which torch's CUDA builds bring along: import them only
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
 HOPPER = 9
 FIRST_GENERATION = 8
 """Compute capability of the oldest GPUs the kernels are meant for: Ampere, the first with bf16."""
+
+
+class Launch(NamedTuple):
+    """How a kernel's items are given to programs."""
+
+    items: int
+    warps: int
 
 
 def available(device: torch.device) -> bool:
@@ -60,6 +68,7 @@ def processors(device: torch.device) -> int:
 
 
 __all__ = [
+    "Launch",
     "available",
     "load",
     "load_quack",

@@ -9,23 +9,17 @@ An item is one key/value head of one row with the G query heads that read it.
 Shapes: N rows, H query heads, K key/value heads, G = H / K, D dimension in the head.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgl.kernels import Launch
+
 EPSILON = 1e-12
 
 
-class Launch(NamedTuple):
-    """How items are given to programs."""
-
-    items: int
-    warps: int
-
-
+# 117 and 191 us on an H200 at 196,608 rows, as long as the bytes take; no other was tried.
 FORWARD = Launch(items=16, warps=4)
 BACKWARD = Launch(items=16, warps=4)
 
@@ -33,12 +27,13 @@ BACKWARD = Launch(items=16, warps=4)
 @triton.jit
 def _place(v_ptr, items, v_stride, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
            ITEMS: tl.constexpr):  # fmt: skip
-    # Where the items' first outputs are, a mask, and their values with inverse norms.
+    # Numbers of the items, where their first outputs are, a mask, and their values.
     item = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     mask = (item < items)[:, None]
     d = tl.arange(0, D)[None, :]
     value_at = (item // K * v_stride + item % K * D)[:, None] + d
-    return (item * (G * D))[:, None] + d, mask, tl.load(v_ptr + value_at, mask=mask, other=0.0)
+    v = tl.load(v_ptr + value_at, mask=mask, other=0.0).to(tl.float32)
+    return item, (item * (G * D))[:, None] + d, mask, v
 
 
 @triton.jit
@@ -46,8 +41,7 @@ def _forward_kernel(
     y_ptr, v_ptr, out_ptr, items, v_stride, eps,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, v = _place(v_ptr, items, v_stride, K, G, D, ITEMS)
-    v = v.to(tl.float32)
+    _, at, mask, v = _place(v_ptr, items, v_stride, K, G, D, ITEMS)
     u = v / tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), eps)[:, None]
     for g in tl.static_range(G):
         y = tl.load(y_ptr + at + g * D, mask=mask, other=0.0)
@@ -61,8 +55,7 @@ def _backward_kernel(
     dout_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, items, v_stride, eps,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, v = _place(v_ptr, items, v_stride, K, G, D, ITEMS)
-    v = v.to(tl.float32)
+    item, at, mask, v = _place(v_ptr, items, v_stride, K, G, D, ITEMS)
     norm = tl.sqrt(tl.sum(v * v, axis=1))
     inverse = (1.0 / tl.maximum(norm, eps))[:, None]
     u = v * inverse
@@ -77,7 +70,6 @@ def _backward_kernel(
     # A value shorter than eps is divided by eps, which has no gradient.
     through_norm = tl.where(norm > eps, tl.sum(du * u, axis=1), 0.0)[:, None]
     dv = inverse * (du - through_norm * u)
-    item = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     dv_at = (item * D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 

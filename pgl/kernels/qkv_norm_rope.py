@@ -10,31 +10,22 @@ An item is one head of one row; a program does a block of items of one kind: que
 the backward pass, values. Its tile is (items, D), and a dimension's partner in the rotation is R
 before or behind it.
 
-Keys and values may go out in G copies, which take no memory: then each has a gradient of its own,
-and the backward kernel adds them up. That is for an attention kernel that reads a key/value head
-once for each of its query heads and need not add gradients of several heads itself.
+Keys and values go out in G copies, one or more, which take no memory: each has a gradient of its
+own, and the backward kernel adds them up. More than one is for an attention kernel that would else
+add the gradients of several query heads itself.
 
 Shapes: N rows (tokens of all sequences), T positions of a sequence, H query heads, K key heads and
 as many value heads, G copies, D dimension in the head, R half of the rotated dimensions,
 C = (H + 2K) * D.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pgl.kernels import Launch
 from pgl.model.norm import EPSILON
-
-
-class Launch(NamedTuple):
-    """How items are given to programs."""
-
-    items: int
-    warps: int
-
 
 # 79 and 144 us on an H200 at 98,304 rows of 8 + 2 * 4 heads, of which 16 of 64 dimensions turn;
 # the bytes take 72 and 132. The fastest of twelve when forward still moved the values.

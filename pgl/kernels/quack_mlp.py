@@ -4,8 +4,8 @@ The same as the Triton kernel of :mod:`pgl.kernels.squared_mlp`, with the same o
 quack's product for Hopper lets one group of warps finish a tile while another multiplies, and
 fetches rows for two multiprocessors at once, which Triton cannot say; what is done with a tile is
 defined here. Source of the product: https://github.com/Dao-AILab/quack. Measured on an H200 at
-98,304 rows of 512 and 1,536 hidden units: 235 us forward and 345 us backward, where Triton takes
-291 and 368 and cuBLAS, without the activation, 249 and 253.
+98,304 rows of 512 and 1,536 hidden units: 238 us forward and 342 us backward, where Triton takes
+271 and 369 in the same process and gives the same bits, and cuBLAS 249 and 253 without activation.
 
 Signs are 32-bit numbers, (rows / 64, F / 64, 128): each of the 128 threads that have 64 x 64 values
 packs those of its own 32. So they depend neither on the tile nor on the direction.
@@ -13,7 +13,9 @@ packs those of its own 32. So they depend neither on the tile nor on the directi
 Shapes: N rows, E model dim, F hidden units.
 """
 
+import hashlib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cutlass
@@ -23,8 +25,12 @@ from quack.epilogue.frontend import EpiMod, gemm_epilogue
 from quack.epilogue.ops import EpiOp
 from torch import Tensor
 
-SIGN_ROWS = SIGN_COLUMNS = 64
-SIGN_THREADS = 128
+from pgl.kernels.squared_mlp import QUACK_SIGN_BLOCK, QUACK_SIGN_THREADS
+
+# quack keeps compiled kernels between processes; of what is defined here it reads the functions
+# under @gemm_epilogue only.
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
 TILE_ROWS = 128
 PART_COLUMNS = 32
 """Columns of a tile that are finished at a time; a thread has 16 values of them."""
@@ -33,8 +39,11 @@ PART_COLUMNS = 32
 class _Signs(EpiOp):
     """Packed signs in device memory."""
 
+    def config_key(self) -> tuple:
+        return (SOURCE,)
+
     def host_fake_arg(self, key: tuple, fctx: Any) -> Any:
-        shape = (cute.sym_int(), cute.sym_int(), SIGN_THREADS)
+        shape = (cute.sym_int(), cute.sym_int(), QUACK_SIGN_THREADS)
         return make_fake_tensor(key[0], shape, leading_dim=2, divisibility=4)
 
     def param_fields(self) -> list[tuple]:
@@ -50,12 +59,12 @@ class _Signs(EpiOp):
         """Return this thread's numbers of this tile: (parts along the rows, numbers)."""
         assert cute.size(ctx.epi_tile[1]) == PART_COLUMNS
         assert gemm.atom_layout_mnk[1] == 1
-        row_groups, column_groups = ctx.tile_M // SIGN_ROWS, ctx.tile_N // SIGN_COLUMNS
-        groups_of_part = cute.size(ctx.epi_tile[0]) // SIGN_ROWS
+        row_groups, column_groups = ctx.tile_M // QUACK_SIGN_BLOCK, ctx.tile_N // QUACK_SIGN_BLOCK
+        groups_of_part = cute.size(ctx.epi_tile[0]) // QUACK_SIGN_BLOCK
         first = (
-            ctx.tile_coord_mnkl[0] * row_groups + ctx.tidx // SIGN_THREADS,
+            ctx.tile_coord_mnkl[0] * row_groups + ctx.tidx // QUACK_SIGN_THREADS,
             ctx.tile_coord_mnkl[1] * column_groups,
-            ctx.tidx % SIGN_THREADS,
+            ctx.tidx % QUACK_SIGN_THREADS,
         )
         layout = cute.make_layout(
             (row_groups // groups_of_part, column_groups),
@@ -97,8 +106,8 @@ class _LoadSigns(_Signs):
         super().__init__(name)
         self.above, self.below = above, below
 
-    def config_key(self) -> tuple[float, float]:
-        return self.above, self.below
+    def config_key(self) -> tuple:
+        return (*super().config_key(), self.above, self.below)
 
     @cute.jit
     def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
@@ -183,7 +192,7 @@ def launch(
     """
     rows, hidden = out_NF.shape
     assert rows % TILE_ROWS == 0
-    assert hidden % (2 * SIGN_COLUMNS) == 0
+    assert hidden % (2 * QUACK_SIGN_BLOCK) == 0
     product = _backward(abs(slope)) if backward else _forward(abs(slope))  # which is squared
     product.gemm(
         x_NE, w, out_NF, a_NF if backward else None,

@@ -13,7 +13,6 @@ products of :mod:`pgl.kernels.quack_mlp` take the place of the Triton kernel whe
 """
 
 from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,10 @@ from pgl.kernels import processors
 
 SIGN_COLUMNS = tl.constexpr(64)
 """Columns whose signs are 8 numbers of 8 bits for each row; F has to be a multiple of it."""
+
+QUACK_SIGN_BLOCK = 64
+"""Rows, and columns, whose signs are ``QUACK_SIGN_THREADS`` numbers of 32 bits for quack."""
+QUACK_SIGN_THREADS = 128
 
 
 @triton.jit
@@ -138,7 +141,12 @@ def _launch(
     signs: Tensor,
     slope: float,
     backward: bool,
+    quack: bool,
 ) -> None:
+    if quack:
+        product = import_module("pgl.kernels.quack_mlp")
+        product.launch(x_NE, w, a_NF, out_NF, signs, slope, backward)
+        return
     tiles = BACKWARD_TILES if backward else FORWARD_TILES
     rows, hidden = out_NF.shape
     assert rows % tiles.n == 0
@@ -155,18 +163,14 @@ def _launch(
     )  # fmt: skip
 
 
-def _quack() -> ModuleType:
-    return import_module("pgl.kernels.quack_mlp")
-
-
 @torch.library.custom_op("pgl::activated_product_backward", mutates_args=())
 def activated_product_backward(
     dy_NE: Tensor, w_EF: Tensor, a_NF: Tensor, signs: Tensor, slope: float, quack: bool
 ) -> Tensor:
     """Return ``(dy w) * activation'``: the hidden values' gradient through the second product."""
     out_NF = torch.empty_like(a_NF)
-    launch = _quack().launch if quack else _launch
-    launch(dy_NE.contiguous(), w_EF.contiguous(), a_NF, out_NF, signs, slope, backward=True)
+    x_NE, w = dy_NE.contiguous(), w_EF.contiguous()
+    _launch(x_NE, w, a_NF, out_NF, signs, slope, backward=True, quack=quack)
     return out_NF
 
 
@@ -185,7 +189,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple
 
 @torch.library.custom_op("pgl::squared_mlp", mutates_args=())
 def squared_mlp(
-    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool = False
+    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``activation(x fc^T) proj^T``, and for the backward pass the activation and signs.
 
@@ -197,14 +201,14 @@ def squared_mlp(
         quack: Whether to use quack's product instead of the Triton kernel.
     """
     a_NF, signs = _saved(x_NE, fc_FE, slope, quack)
-    launch = _quack().launch if quack else _launch
-    launch(x_NE.contiguous(), fc_FE.contiguous(), a_NF, a_NF, signs, slope, backward=False)
+    x, w = x_NE.contiguous(), fc_FE.contiguous()
+    _launch(x, w, a_NF, a_NF, signs, slope, backward=False, quack=quack)
     return a_NF @ proj_EF.T, a_NF, signs
 
 
 @squared_mlp.register_fake
 def _(
-    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool = False
+    x_NE: Tensor, fc_FE: Tensor, proj_EF: Tensor, slope: float, quack: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x_NE.new_empty(x_NE.shape), *_saved(x_NE, fc_FE, slope, quack)
 
@@ -214,7 +218,8 @@ def _saved(x_NE: Tensor, fc_FE: Tensor, slope: float, quack: bool) -> tuple[Tens
     if not slope:
         shape, dtype = (0,), torch.uint8
     elif quack:
-        shape, dtype = (rows // 64, hidden // 64, 128), torch.int32
+        block = QUACK_SIGN_BLOCK
+        shape, dtype = (rows // block, hidden // block, QUACK_SIGN_THREADS), torch.int32
     else:
         shape, dtype = (hidden // SIGN_COLUMNS.value, rows, 8), torch.uint8
     return x_NE.new_empty(rows, hidden), x_NE.new_empty(shape, dtype=dtype)

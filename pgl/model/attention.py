@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from pgl import kernels
 from pgl.model.backends import attention_kernel
 from pgl.model.config import GPTConfig
-from pgl.model.flash_attention_4 import flash_attention_4
+from pgl.model.flash_attention_4 import LARGEST_SPLIT_GROUP, flash_attention_4
 from pgl.model.linear import CastedLinear
 from pgl.model.norm import rms_norm
 from pgl.model.rotary import apply_rotary
@@ -19,8 +19,8 @@ from pgl.model.rotary import apply_rotary
 
 def attend(
     q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
+    k: Tensor,
+    v: Tensor,
     mask_B1TT: Tensor | None = None,
     backend: str = "auto",
     flash_last: bool = False,
@@ -29,8 +29,9 @@ def attend(
 
     Args:
         q_BTHD: Queries; fewer than keys are those of the last positions.
-        k_BTKD: Keys; for fa4 also as :func:`pgl.model.flash_attention_4.flash_attention_4` says.
-        v_BTKD: Values, likewise.
+        k: Keys (B, T, K, D), and for fa4 also copies of them, see
+            :func:`pgl.model.flash_attention_4.flash_attention_4`.
+        v: Values, likewise.
         mask_B1TT: True where position t may read position s; has to be causal. None means all
             earlier positions and itself.
         backend: Kernel to use, see ``GPTConfig.attention_backend``.
@@ -42,9 +43,9 @@ def attend(
     """
     if backend == "fa4":
         assert mask_B1TT is None  # see GPTConfig
-        if q_BTHD.size(1) == k_BTKD.size(1):
-            return flash_attention_4(q_BTHD, k_BTKD, v_BTKD)
-    q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        if q_BTHD.size(1) == k.size(1):
+            return flash_attention_4(q_BTHD, k, v)
+    q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k, v))
     if mask_B1TT is None and q_BHTD.size(2) < k_BKTD.size(2):
         # SDPA's is_causal lets the first query read the first key only.
         if flash_last and q_BHTD.dtype in (torch.bfloat16, torch.float16):
@@ -142,7 +143,8 @@ class Attention(nn.Module):
         self.kernels = self.flash_last = False  # see GPT.prepare
         self.exclusive = layer >= config.num_layers - config.xsa_last_layers
         group_size = config.num_heads // config.num_kv_heads
-        self.copies = group_size if config.attention_backend == "fa4" else 1
+        splits = config.attention_backend == "fa4" and group_size <= LARGEST_SPLIT_GROUP
+        self.copies = group_size if splits else 1
         self.values_go_on = self.exclusive or config.value_residual  # elsewhere than to attend
         self.c_q = CastedLinear(config.model_dim, config.model_dim)
         self.c_k = CastedLinear(config.model_dim, config.kv_dim)
@@ -182,10 +184,12 @@ class Attention(nn.Module):
         """
         if self._uses_kernels(last) and self.qk_norm and self.q_gain is not None:
             values_go_on = self.values_go_on or value_embedding_BTC is not None
-            q_BTHD, k_BTKD, v_BTKD = self._fused(x_BTE, rotary, 1 if values_go_on else self.copies)
+            q_BTHD, k, v = self._fused(x_BTE, rotary, 1 if values_go_on else self.copies)
         else:
-            q_BTHD, k_BTKD = self._queries_and_keys(x_BTE, rotary, last)
-            v_BTKD = self.c_v(x_BTE).unflatten(-1, (-1, self.head_dim))
+            q_BTHD, k = self._queries_and_keys(x_BTE, rotary, last)
+            v = self.c_v(x_BTE).unflatten(-1, (-1, self.head_dim))
+        copied = v.dim() == 5
+        v_BTKD = v[:, :, :, 0] if copied else v
         if value_embedding_BTC is not None:
             v_BTKD = v_BTKD + value_embedding_BTC.view_as(v_BTKD)
         if self.value_mix is not None:
@@ -196,7 +200,8 @@ class Attention(nn.Module):
             v_read_BTKD = v_BTKD[:, -last:]
             mask_B1TT = None if mask_B1TT is None else mask_B1TT[:, :, -last:]
 
-        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, mask_B1TT, self.backend, self.flash_last)
+        v = v if copied else v_BTKD
+        y_BTHD = attend(q_BTHD, k, v, mask_B1TT, self.backend, self.flash_last)
         if self.exclusive and self._uses_kernels(last):
             rows = (x.flatten(0, 1) for x in (y_BTHD, v_BTKD))
             y_BTHD = torch.ops.pgl.exclusive_attention(*rows).view_as(y_BTHD)
@@ -204,7 +209,6 @@ class Attention(nn.Module):
             y_BTHD = exclusive_attention(y_BTHD, v_read_BTKD)
         if self.gate is not None:
             y_BTHD = self.gate(x_BTE[:, -y_BTHD.size(1) :]) * y_BTHD
-        v_BTKD = v_BTKD if v_BTKD.dim() == 4 else v_BTKD[:, :, :, 0]  # of copies
         return self.proj(y_BTHD.flatten(2), out_gain_E), v_BTKD
 
     def _queries_and_keys(

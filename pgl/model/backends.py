@@ -1,6 +1,7 @@
 """Which attention kernel runs: torch's choice, or exactly the one asked for."""
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ KERNELS = {
 
 # Capability of the first NVIDIA generation that has the kernel: 8 Ampere, 9 Hopper.
 FIRST_GENERATION = {"cudnn": 8, "flash": 8, "fa3": 9, "fa4": 9}
+
+QUACK_VERSION = "0.6.5"
+"""The extra quack in setup.cfg; FlashAttention-4 alone brings any version of it."""
 
 FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels; it has to be a multiple of 8 as well."""
@@ -76,15 +80,21 @@ def prepare_quack(device: torch.device) -> None:
     if not kernels.squared_mlp_available(device):
         raise ValueError(
             "model.gpt.kernels quack needs an NVIDIA GPU of the Hopper generation (H100, H200, "
-            "GH200); use auto"
+            "GH200) and Triton, which torch's CUDA builds bring along; use auto"
         )
     try:
         kernels.load_quack()
+        found = version("quack-kernels")
     except ImportError as error:
         raise ValueError(
             f"model.gpt.kernels quack could not be loaded ({error}): pip install -e '.[quack]', "
             f"or use auto"
         ) from error
+    if found != QUACK_VERSION:
+        raise ValueError(
+            f"model.gpt.kernels quack needs quack-kernels {QUACK_VERSION}, not {found}: "
+            f"pip install -e '.[quack]', or use auto"
+        )
 
 
 def flash_reads_last(backend: str, head_dim: int, device: torch.device) -> bool:

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from pgl.kernels import squared_mlp_fits
+
 MAX_PARAMETERS = 1 << 27
 """Weights of the largest model, and of the largest artifact that is read: five times what 16 MB
 hold at 5 bits."""
@@ -273,9 +277,9 @@ class GPTConfig:
         )
 
     def _check_kernels(self) -> None:
-        # As pgl.kernels.squared_mlp_fits, which also asks for the rows.
         _require(
-            self.kernels != "quack" or (self.model_dim % 64 == 0 and self.mlp_hidden % 128 == 0),
+            self.kernels != "quack"
+            or squared_mlp_fits(128, self.model_dim, self.mlp_hidden, torch.bfloat16),
             f"kernels quack needs model_dim to be a multiple of 64 and mlp_hidden of 128, not "
             f"{self.model_dim} and {self.mlp_hidden}; use auto",
         )

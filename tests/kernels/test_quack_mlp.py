@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pgl import kernels
 from pgl.model import gpt as gpt_module
+from pgl.model.mlp import MLP
 from tests.kernels.test_compiled_model import CONFIG, randomized
 
 ON_GPU = torch.cuda.is_available()
@@ -51,7 +53,10 @@ class StandIn(ModuleType):
 def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module with the products: on a CPU the stand-in."""
     if ON_GPU:
-        pytest.importorskip("quack", reason="quack's products: pip install -e '.[quack]'")
+        for package in ("quack", "cutlass"):
+            pytest.importorskip(package, reason="quack's products: pip install -e '.[quack]'")
+        if not kernels.squared_mlp_available(torch.device("cuda")):
+            pytest.skip("quack's products need a Hopper GPU")
         from pgl.kernels import quack_mlp
 
         return quack_mlp
@@ -91,17 +96,17 @@ def test_equals_the_plain_operations_forward_and_backward(
 
 
 @pytest.mark.skipif(ON_GPU, reason="the stand-in runs on CPUs")
-def test_a_model_with_them_calls_nothing_else_for_its_mlp(
+def test_every_mlp_of_a_model_uses_them_both_ways(
     quack: StandIn, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pgl import kernels
-    from pgl.model.mlp import MLP
+    from pgl.kernels import squared_mlp
 
     torch._dynamo.reset()
     monkeypatch.setattr(kernels, "available", lambda device: True)
     monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
     monkeypatch.setattr(gpt_module, "prepare_quack", lambda device: None)
-    monkeypatch.setattr(MLP, "_fits", lambda mlp, x: True)
+    monkeypatch.setattr(MLP, "_fits", lambda mlp, x: True)  # float32, for exact gradients
+    monkeypatch.setattr(squared_mlp, "_activation_kernel", None)
     config = replace(CONFIG, model_dim=64, mlp_hidden=128)
     plain, gpt = (
         randomized(kernel_device, replace(config, kernels=choice)) for choice in ("off", "quack")
@@ -118,6 +123,13 @@ def test_a_model_with_them_calls_nothing_else_for_its_mlp(
         torch.testing.assert_close(
             ours.mlp.fc.weight.grad, theirs.mlp.fc.weight.grad, rtol=1e-3, atol=1e-6
         )
+
+
+def test_the_key_of_compiled_kernels_changes_with_their_source(quack: ModuleType) -> None:
+    if isinstance(quack, StandIn):
+        pytest.skip("the stand-in compiles nothing")
+    keys = [op.cache_key() for op in (quack._StoreSigns("s"), quack._LoadSigns("s", 2.0, -1.0))]
+    assert all(quack.SOURCE in str(key) for key in keys)
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -32,7 +32,7 @@ def test_equals_the_plain_operations_forward_and_backward(
         (torch.randn(shape, device=small_tiles) / shape[1] ** 0.5).to(dtype).requires_grad_()
         for shape in ((rows, dim), (hidden, dim), (dim, hidden))
     )
-    fused, _, _ = squared_mlp(x_NE, fc_FE, proj_EF, slope)
+    fused, _, _ = squared_mlp(x_NE, fc_FE, proj_EF, slope, False)
     inputs = [tensor.detach().float().requires_grad_() for tensor in (x_NE, fc_FE, proj_EF)]
     leaky = F.leaky_relu(inputs[0] @ inputs[1].T, slope)
     plain = (leaky * leaky) @ inputs[2].T
@@ -52,7 +52,7 @@ def test_of_the_hidden_values_only_signs_are_kept(small_tiles: torch.device, slo
     torch.manual_seed(0)
     dtype = torch.bfloat16 if small_tiles.type == "cuda" else torch.float32
     x_NE, fc_FE = (torch.randn(n, 64, device=small_tiles).to(dtype) for n in (128, 256))
-    _, a_NF, signs = squared_mlp(x_NE, fc_FE, fc_FE.T.contiguous(), slope)
+    _, a_NF, signs = squared_mlp(x_NE, fc_FE, fc_FE.T.contiguous(), slope, False)
     assert a_NF.shape == (128, 256)
     if slope == 0:
         assert signs.numel() == 0
@@ -70,8 +70,8 @@ def test_the_operators_are_well_formed(small_tiles: torch.device, slope: float) 
     dtype = torch.bfloat16 if small_tiles.type == "cuda" else torch.float32
     x_NE, fc_FE = (torch.randn(n, 64, device=small_tiles).to(dtype) for n in (128, 256))
     proj_EF = fc_FE.T.contiguous()
-    torch.library.opcheck(squared_mlp, (x_NE, fc_FE, proj_EF, slope))
-    _, a_NF, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope)
+    torch.library.opcheck(squared_mlp, (x_NE, fc_FE, proj_EF, slope, False))
+    _, a_NF, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope, False)
     torch.library.opcheck(activated_product_backward, (x_NE, proj_EF, a_NF, signs, slope, False))
 
 

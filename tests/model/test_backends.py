@@ -2,15 +2,17 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from pgl import kernels
-from pgl.model import GPT
+from pgl.model import GPT, backends
 from pgl.model.backends import (
     KERNELS,
+    QUACK_VERSION,
     attention_kernel,
     flash_reads_last,
     prepare_backend,
@@ -91,6 +93,15 @@ class TestOnFakeGpu:
         monkeypatch.setitem(sys.modules, "pgl.kernels.quack_mlp", None)
         with pytest.raises(ValueError, match=r"quack could not be loaded.*install -e '.\[quack\]'"):
             prepare_quack(torch.device("cuda"))
+
+    def test_another_quack(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "squared_mlp_available", lambda device: True)
+        monkeypatch.setattr(kernels, "load_quack", lambda: None)
+        monkeypatch.setattr(backends, "version", lambda package: "0.5.3")
+        with pytest.raises(ValueError, match=f"quack-kernels {QUACK_VERSION}, not 0.5.3: pip"):
+            prepare_quack(torch.device("cuda"))
+        setup = Path(__file__).resolve().parents[2] / "setup.cfg"
+        assert f"quack-kernels[cu13]=={QUACK_VERSION};" in setup.read_text()
 
     def test_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

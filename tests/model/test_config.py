@@ -33,6 +33,7 @@ REFUSED = [
     ({"num_layers": 1, "resid_mix_init": "phase"}, "phase needs num_layers"),
     ({"document_mask": True, "attention_backend": "flash"}, "document_mask needs"),
     ({"kernels": "quack", "mlp_hidden": 1000}, "kernels quack needs model_dim .* not 512 and 1000"),
+    ({"kernels": "quack", "model_dim": 480}, "kernels quack needs model_dim .* not 480 and"),
 ]
 
 

@@ -30,7 +30,8 @@ def test_the_operators_are_well_formed() -> None:
     torch.library.opcheck(flash_attention_4.flash_attention_4_forward, inputs)
     output = flash_attention_4.flash_attention_4_forward(*inputs)
     backward = flash_attention_4.flash_attention_4_backward
-    torch.library.opcheck(backward, (torch.ones_like(inputs[0]), *inputs, *output))
+    for copies in (1, HEADS // KEY_HEADS):
+        torch.library.opcheck(backward, (torch.ones_like(inputs[0]), *inputs, *output, copies))
 
 
 @pytest.mark.usefixtures("package")
@@ -80,11 +81,15 @@ def test_the_last_positions_are_read_without_it(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_causal_attention() -> None:
+@pytest.mark.parametrize("copies", [1, 2])
+def test_on_a_gpu_it_is_causal_attention(copies: int) -> None:
     pytest.importorskip("flash_attn.cute", reason="FlashAttention-4: pip install flash-attn-4")
     inputs = tensors(torch.bfloat16, "cuda", length=256, dim=64)
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    y_BTHD, expected_BTHD = attend(*inputs, backend="fa4"), reference(*exact)
+    q, k, v = inputs
+    if copies > 1:
+        k = k.unsqueeze(3).expand(-1, -1, -1, copies, -1)  # and as many of the values
+    y_BTHD, expected_BTHD = attend(q, k, v, backend="fa4"), reference(*exact)
     upstream = torch.randn_like(y_BTHD)
     assert relative(y_BTHD, expected_BTHD) < 1e-2
     ours = torch.autograd.grad(y_BTHD, inputs, upstream)
