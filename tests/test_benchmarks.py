@@ -31,8 +31,9 @@ OPTIONS = {
 KEYS = {
     "train_step": {
         "config", "processes", "backend", "kernels", "strategy", "micro_batch_tokens",
-        "accumulate", "compile_seconds", "step_ms", "step_spread_ms", "forward_backward_ms", "forward_backward_spread_ms",
-        "optimizer_ms", "optimizer_spread_ms", "collectives_share", "tokens_per_second", "mfu",
+        "accumulate", "compile_seconds", "step_ms", "step_spread_ms", "forward_backward_ms",
+        "forward_backward_spread_ms", "optimizer_ms", "optimizer_spread_ms", "collectives_share",
+        "tokens_per_second", "mfu",
         "peak_memory_gib", "qat_off_ms", "qat_off_spread_ms", "qat_on_ms", "qat_on_spread_ms",
         "qat_cost_percent",
     },
