@@ -267,7 +267,10 @@ class GolfModule(pl.LightningModule):
         }
 
     def _check_kernels(self) -> None:
-        gpt, precision = self.gpt_config, self.trainer.precision
+        gpt = self.gpt_config
+        if gpt.attention_backend != "fa4" and gpt.kernels != "quack":
+            return
+        precision = self.trainer.precision
         if gpt.attention_backend == "fa4" and "16" not in precision:
             raise ValueError(
                 f"model.gpt.attention_backend fa4 computes in 16 bits, but trainer.precision is "
