@@ -112,7 +112,7 @@ class GolfModule(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Called on every process: take the data's byte table and compile."""
-        self._check_kernels()
+        self._check_kernels(stage)
         if stage == "fit" and self.trainer.precision == "64-true":
             raise ValueError(
                 "trainer.precision 64-true would train float64 weights, which no artifact can "
@@ -266,7 +266,7 @@ class GolfModule(pl.LightningModule):
             "compile": self.compile_model,
         }
 
-    def _check_kernels(self) -> None:
+    def _check_kernels(self, stage: str) -> None:
         gpt = self.gpt_config
         if gpt.attention_backend != "fa4" and gpt.kernels != "quack":
             return
@@ -287,7 +287,7 @@ class GolfModule(pl.LightningModule):
                 "or the kernels to auto"
             )
         rows = getattr(getattr(self.trainer, "datamodule", None), "micro_batch_tokens", 0)
-        if gpt.kernels == "quack" and rows % 128:
+        if gpt.kernels == "quack" and stage == "fit" and rows % 128:
             raise ValueError(
                 f"model.gpt.kernels quack needs data.micro_batch_tokens to be a multiple of 128, "
                 f"not {rows}; or set the kernels to auto"

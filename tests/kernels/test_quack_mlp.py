@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pgl import kernels
 from pgl.model import gpt as gpt_module
 from pgl.model.mlp import MLP
+from tests.kernels.plain_mlp import check_against_plain_operations
 from tests.kernels.test_compiled_model import CONFIG, randomized
 
 ON_GPU = torch.cuda.is_available()
@@ -71,26 +72,8 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_equals_the_plain_operations_forward_and_backward(
     quack: ModuleType, kernel_device: torch.device, slope: float, rows: int, hidden: int
 ) -> None:
-    from pgl.kernels.squared_mlp import squared_mlp
-
-    dim, dtype, tolerance = (64, torch.bfloat16, 2e-2) if ON_GPU else (64, torch.float32, 1e-5)
-    torch.manual_seed(0)
-    x_NE, fc_FE, proj_EF = (
-        (torch.randn(shape, device=kernel_device) / shape[1] ** 0.5).to(dtype).requires_grad_()
-        for shape in ((rows, dim), (hidden, dim), (dim, hidden))
-    )
-    fused, _, signs = squared_mlp(x_NE, fc_FE, proj_EF, slope, True)
+    signs = check_against_plain_operations(kernel_device, slope, (rows, 64, hidden), quack=True)
     assert signs.numel() == (rows * hidden // 32 if slope else 0)
-    inputs = [tensor.detach().float().requires_grad_() for tensor in (x_NE, fc_FE, proj_EF)]
-    leaky = F.leaky_relu(inputs[0] @ inputs[1].T, slope)
-    plain = (leaky * leaky) @ inputs[2].T
-
-    upstream = torch.randn_like(plain)
-    assert _relative(fused, plain) < tolerance
-    ours = torch.autograd.grad(fused, (x_NE, fc_FE, proj_EF), upstream.to(dtype))
-    theirs = torch.autograd.grad(plain, inputs, upstream.to(dtype).float())
-    for gradient, expected in zip(ours, theirs, strict=True):
-        assert _relative(gradient, expected) < tolerance
     if isinstance(quack, StandIn):
         assert quack.calls == 2
 
@@ -130,7 +113,3 @@ def test_the_key_of_compiled_kernels_changes_with_their_source(quack: ModuleType
         pytest.skip("the stand-in compiles nothing")
     keys = [op.cache_key() for op in (quack._StoreSigns("s"), quack._LoadSigns("s", 2.0, -1.0))]
     assert all(quack.SOURCE in str(key) for key in keys)
-
-
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.float() - theirs).detach().norm() / theirs.detach().norm())

@@ -17,6 +17,9 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 class StandIn(ModuleType):
     """The package's two functions, with the arguments that the operator gives them."""
 
+    backward_groups: list[int]
+    """Query heads to a key head in each call of the backward pass."""
+
     def _flash_attn_fwd(
         self,
         q: torch.Tensor,
@@ -46,6 +49,7 @@ class StandIn(ModuleType):
         dk: torch.Tensor,
         dv: torch.Tensor,
     ) -> None:
+        self.backward_groups.append(q.size(2) // k.size(2))
         assert causal
         assert deterministic is torch.are_deterministic_algorithms_enabled()
         assert lse.shape == (q.size(0), q.size(2), q.size(1))
@@ -71,7 +75,10 @@ def gradients(
     return torch.einsum("bhts,bshd->bthd", ds, k), dk, dv
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the package be found, for this test."""
+def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Let the package be found, for this test, and return its interface."""
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        monkeypatch.setitem(sys.modules, name, StandIn(name))
+        stand_in = StandIn(name)
+        stand_in.backward_groups = []
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    return stand_in
